@@ -1,0 +1,1 @@
+"""Names on disk: the released layout and the state of a training run."""

@@ -1,0 +1,1 @@
+"""Token streams: documents with provenance, packed into training sequences."""

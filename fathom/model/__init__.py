@@ -1,0 +1,1 @@
+"""The architecture: one batch, one model, its cache. Start at transformer.py."""

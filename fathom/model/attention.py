@@ -1,0 +1,74 @@
+"""V4 attention: window and compressed entries in one softmax, inverse rotation, grouped output (report 2.3.1 - 2.3.3)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fathom import ops
+from fathom.config import ModelConfig
+from fathom.model.cache import LayerCache
+from fathom.model.compressor import Compressor
+from fathom.model.indexer import Indexer
+from fathom.model.layers import Linear, RMSNorm, rms_normalise, rotate
+from fathom.model.layout import Layout
+
+# What a training forward computes beyond the logits: the indexer learns from dense attention over all visible
+# entries ("dense", the first stage) or over its own selection ("sparse"). None: inference, nothing extra.
+Phase = Literal["dense", "sparse"] | None
+
+
+class Attention(nn.Module):
+    """One layer's attention, of the kind that its compression ratio names: window only, CSA or HCA."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        width, heads, channels = config.hidden_size, config.num_attention_heads, config.head_dim
+        self.heads, self.groups, self.ratio, self.eps = heads, config.o_groups, config.ratio(layer), config.rms_norm_eps
+        self.query_down = Linear(width, config.q_lora_rank)
+        self.query_norm = RMSNorm(config.q_lora_rank, self.eps)
+        self.query_up = Linear(config.q_lora_rank, heads * channels)
+        self.key_value = Linear(width, channels)
+        self.key_value_norm = RMSNorm(channels, self.eps)
+        self.output_down = Linear(heads * channels // self.groups, self.groups * config.o_lora_rank)
+        self.output_up = Linear(self.groups * config.o_lora_rank, width)
+        self.sink = nn.Parameter(torch.empty(heads))
+        self.compressor = self.indexer = None
+        if self.ratio:
+            self.compressor = Compressor(width, channels, self.ratio, self.eps)
+        if config.kind(layer) == "csa":
+            self.indexer = Indexer(config, self.ratio)
+
+    def forward(self, x_BSW: Tensor, layout: Layout, cache: LayerCache | None,
+                phase: Phase) -> tuple[Tensor, Tensor | None]:
+        """The sublayer's output [B, S, W] and, in training of a layer with an indexer, the indexer's loss."""
+        angle_BSC = layout.compressed_angle_BSC if self.ratio else layout.window_angle_BSC
+        latent_BSR = self.query_norm(self.query_down(x_BSW))
+        q_BSHD = rms_normalise(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), self.eps)
+        q_BSHD = rotate(q_BSHD, angle_BSC[:, :, None])
+        kv_BTD = rotate(self.key_value_norm(self.key_value(x_BSW)), angle_BSC)
+        if cache is not None:
+            kv_BTD = cache.window.extend(kv_BTD, layout.start_B, layout.count_B)
+        window = ops.Window(kv_BTD, layout.key_place_BT, layout.place_BS, layout.reach_BS)
+
+        entries = index_loss = None
+        if self.compressor is not None:
+            blocks = layout.blocks[self.ratio]
+            kv_BMD = self.compressor(x_BSW, layout, cache and cache.entries)
+            entries = ops.Entries(kv_BMD, blocks.first_BS, blocks.count_BS, None)
+        if self.indexer is not None:
+            scorer = self.indexer(x_BSW.detach(), latent_BSR.detach(), layout, cache and cache.keys)
+            if phase != "dense":
+                entries = entries._replace(selected_BSK=self.indexer.select(scorer, layout))
+            if phase is not None:
+                index_loss = self.indexer.objective(scorer, q_BSHD, window, entries, self.sink)
+
+        out_BSHD = ops.attention(q_BSHD, window, entries, self.sink)
+        out_BSHD = rotate(out_BSHD, angle_BSC[:, :, None], inverse=True)
+        return self._project(out_BSHD), index_loss
+
+    def _project(self, out_BSHD: Tensor) -> Tensor:
+        """Each group of heads to its own low rank, all of them back to the width (report 2.3.3)."""
+        grouped_BSGI = out_BSHD.flatten(2).unflatten(-1, (self.groups, -1))
+        down_GRI = self.output_down.weight.unflatten(0, (self.groups, -1))
+        return self.output_up(torch.einsum("bsgi,gri->bsgr", grouped_BSGI.to(down_GRI.dtype), down_GRI).flatten(2))

@@ -1,0 +1,42 @@
+"""Tokens to compressed entries: one program for whole sequences, packed documents, prefill chunks and decode.
+
+Report 2.3.1 (eq. 9-12, overlapping, CSA) and 2.3.2 (eq. 20-23, HCA). Used for attention entries and indexer keys alike.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fathom import ops
+from fathom.config import kind_of_ratio
+from fathom.model.cache import Stream
+from fathom.model.layers import Linear, RMSNorm, rotate
+from fathom.model.layout import Layout
+
+
+class Compressor(nn.Module):
+    """Pools each block of `ratio` tokens into one entry of `channels` channels, normalised and rotated to its first token."""
+
+    def __init__(self, width: int, channels: int, ratio: int, norm_eps: float):
+        super().__init__()
+        outputs = 2 * channels if kind_of_ratio(ratio) == "csa" else channels
+        self.ratio = ratio
+        self.value = Linear(width, outputs, wide=True)
+        self.gate = Linear(width, outputs, wide=True)
+        self.position_bias = nn.Parameter(torch.empty(ratio, outputs))
+        self.norm = RMSNorm(channels, norm_eps)
+
+    def forward(self, x_BSW: Tensor, layout: Layout, stream: Stream | None) -> Tensor:
+        """All entries of the rows so far [B, M, D]; those of `stream` first, which is brought up to date."""
+        blocks = layout.blocks[self.ratio]
+        score_BSC = self.gate(x_BSW) + ops.wide(self.position_bias)[layout.position_BS % self.ratio]
+        raw_BJC = torch.cat([self.value(x_BSW), score_BSC], -1)
+        if stream is not None:
+            raw_BJC = stream.tail.extend(raw_BJC, layout.start_B, layout.count_B)
+        value_BJC, score_BJC = raw_BJC.chunk(2, -1)
+        pooled_ND = ops.pool_blocks(value_BJC, score_BJC, blocks.current_NR, blocks.previous_NR, blocks.has_previous_N)
+        new_ND = rotate(self.norm(pooled_ND.to(x_BSW.dtype)), layout.angle(blocks.position_N, compressed=True))
+        if stream is not None:
+            stream.entries_BMD[blocks.row_N, blocks.slot_N] = new_ND.to(stream.entries_BMD.dtype)
+            return stream.entries_BMD[:, : blocks.entries]
+        empty_BMD = new_ND.new_zeros(x_BSW.shape[0], blocks.entries, new_ND.shape[-1])
+        return empty_BMD.index_put((blocks.row_N, blocks.slot_N), new_ND)

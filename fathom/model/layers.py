@@ -1,0 +1,71 @@
+"""Small shared layers: linear, RMS norms, interleaved rotary with its inverse, YaRN frequencies (report 2.3.3)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fathom import ops
+from fathom.config import RopeScaling
+
+
+class Linear(nn.Module):
+    """y = W x without bias, weight [outputs, inputs]; computed in the weight's dtype, or in float32 where `wide`."""
+
+    def __init__(self, inputs: int, outputs: int, wide: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.wide = wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wide:
+            return F.linear(ops.wide(x), ops.wide(self.weight))
+        return F.linear(x.to(self.weight.dtype), self.weight)
+
+
+def rms_normalise(x: Tensor, eps: float) -> Tensor:
+    """x [..., D] divided by its root mean square, computed in float32, in the dtype of x."""
+    wide = ops.wide(x)
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation of the last axis with a learned weight [D]."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (ops.wide(rms_normalise(ops.wide(x), self.eps)) * ops.wide(self.weight)).to(x.dtype)
+
+
+def rotary_frequencies(channels: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Radians per position [channels / 2] in float32; with YaRN the slow ones are divided by its factor.
+
+    No attention-magnitude factor, as released.
+    """
+    frequency = theta ** -(torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+    if scaling is None:
+        return frequency
+    low, high = (channels * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
+                 / (2 * math.log(theta)) for turns in (scaling.beta_fast, scaling.beta_slow))
+    low, high = max(math.floor(low), 0), min(math.ceil(high), channels - 1)
+    pair = torch.arange(channels // 2, dtype=torch.float32)
+    slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency / scaling.factor * slowed + frequency * (1 - slowed)
+
+
+def rotate(x: Tensor, angle: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the trailing channels of x [..., D] by angle [..., C], pairs of neighbours, C <= D / 2; computed in float32.
+
+    `angle` has the leading axes of x up to broadcasting; `inverse` turns back.
+    """
+    C = angle.shape[-1]
+    plain, even_odd = x[..., : x.shape[-1] - 2 * C], ops.wide(x[..., x.shape[-1] - 2 * C:]).unflatten(-1, (C, 2))
+    even, odd = even_odd.unbind(-1)
+    cos, sin = angle.cos(), -angle.sin() if inverse else angle.sin()
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    return torch.cat([plain, turned.to(x.dtype)], -1)

@@ -1,0 +1,89 @@
+"""Where the tokens of one call stand: positions, rotary angles, the blocks they complete, what each may see.
+
+Made once per call and shared by all layers. A document starts where its position is 0, so positions alone keep packed
+documents apart: blocks are counted from the document's start and no reach goes past it (report 3.4.3, 4.1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fathom.config import ModelConfig, kind_of_ratio
+from fathom.model.cache import Cache
+from fathom.model.layers import rotary_frequencies
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The N blocks of one ratio that this call's tokens complete, and the entries that each query may read.
+
+    Token indices are flat over [B, J], J the joined axis of `Ring.extend` (J = S without a cache).
+    """
+
+    row_N: Tensor
+    slot_N: Tensor  # where the entry goes on its row
+    position_N: Tensor  # of the block's first token, in its document
+    current_NR: Tensor
+    previous_NR: Tensor | None  # with overlap only
+    has_previous_N: Tensor | None
+    first_BS: Tensor
+    count_BS: Tensor
+    entries: int  # per row, for all queries of the call
+
+
+class Layout:
+    """Positions [B, S] of the new tokens, and everything that follows from them.
+
+    Without a cache the rows are whole; `position_BS` may restart inside a row (packed documents). With a cache row b
+    continues at cache.length_B[b] with its first count_B[b] tokens; what follows them is padding.
+    """
+
+    def __init__(self, config: ModelConfig, position_BS: Tensor, count_B: Tensor, cache: Cache | None):
+        B, S = position_BS.shape
+        self.position_BS, self.count_B = position_BS, count_B
+        self.start_B = torch.zeros_like(count_B) if cache is None else cache.length_B.clone()
+        step_S = torch.arange(S, device=position_BS.device)
+        self.place_BS = self.start_B[:, None] + step_S
+        self.reach_BS = position_BS.clamp(max=config.sliding_window - 1)
+        self.key_place_BT = self.place_BS
+        if cache is not None:  # the ring's slot r holds the last position before the start that is r modulo its size
+            R = config.sliding_window
+            last_B1 = self.start_B[:, None] - 1
+            self.key_place_BT = torch.cat([last_B1 - (last_B1 - torch.arange(R, device=step_S.device)) % R,
+                                           self.place_BS], 1)
+        self._window_frequency = rotary_frequencies(config.qk_rope_head_dim, config.rope_theta, None)
+        self._compressed_frequency = rotary_frequencies(config.qk_rope_head_dim, config.compress_rope_theta,
+                                                        config.rope_scaling)
+        self.window_angle_BSC = self.angle(position_BS, compressed=False)
+        self.compressed_angle_BSC = self.angle(position_BS, compressed=True)
+        self.real_BS = step_S < count_B[:, None]
+        self.blocks = {ratio: self._blocks(ratio, cached=cache is not None)
+                       for ratio in sorted(set(config.compress_ratios) - {0})}
+
+    def angle(self, position: Tensor, compressed: bool) -> Tensor:
+        """Rotary angles [..., C] in float32 at integer positions, for compressed layers or window-only ones."""
+        frequency = self._compressed_frequency if compressed else self._window_frequency
+        return position[..., None].float() * frequency.to(position.device)
+
+    def _blocks(self, ratio: int, cached: bool) -> Blocks:
+        B, S = self.position_BS.shape
+        ends_BS = ((self.position_BS + 1) % ratio == 0) & self.real_BS
+        done_BS = (self.start_B // ratio)[:, None] + ends_BS.cumsum(1)  # blocks of the row up to and with each token
+        count_BS = (self.position_BS + 1) // ratio
+        row_N, end_N = ends_BS.nonzero(as_tuple=True)
+        offset_R = torch.arange(1 - ratio, 1, device=row_N.device)
+        position_N = self.position_BS[row_N, end_N] + 1 - ratio
+        overlap = kind_of_ratio(ratio) == "csa"
+        ring = (2 * ratio if overlap else ratio) if cached else 0
+
+        def flat(step_NR: Tensor) -> Tensor:
+            """Index into [B, J] of tokens at steps of this call; negative steps are still in the ring."""
+            in_ring = (self.start_B[row_N, None] + step_NR) % max(ring, 1)
+            return row_N[:, None] * (ring + S) + (ring + step_NR).where(step_NR >= 0, in_ring)
+
+        step_NR = end_N[:, None] + offset_R
+        entries = int(done_BS.max()) if cached else S // ratio
+        return Blocks(row_N, done_BS[row_N, end_N] - 1, position_N, flat(step_NR),
+                      flat(step_NR - ratio) if overlap else None, position_N >= ratio if overlap else None,
+                      (done_BS - count_BS).clamp(min=0), count_BS.where(self.real_BS, 0), entries)

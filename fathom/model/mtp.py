@@ -1,0 +1,35 @@
+"""Multi-token prediction: one more block that sees the next token and predicts the one after (report 2.1)."""
+
+from torch import Tensor
+
+from fathom.config import ModelConfig
+from fathom.model.attention import Phase
+from fathom.model.block import Block, Observation
+from fathom.model.hyper_connections import StreamCollapse
+from fathom.model.layers import Linear, RMSNorm
+from fathom.model.layout import Layout
+
+
+class MTPBlock(Block):
+    """A block fed with the trunk's streams and the embedding of each position's next token.
+
+    Embedding and head are the model's own; the norm and the collapse of the streams are the block's.
+    """
+
+    def __init__(self, config: ModelConfig, depth: int):
+        super().__init__(config, config.num_hidden_layers + depth)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_norm = RMSNorm(width, eps)
+        self.hidden_norm = RMSNorm(width, eps)
+        self.embed_proj = Linear(width, width)
+        self.hidden_proj = Linear(width, width)
+        self.collapse = StreamCollapse(config)
+        self.norm = RMSNorm(width, eps)
+
+    def predict(self, X_BSNW: Tensor, next_embedding_BSW: Tensor, next_token_BS: Tensor, layout: Layout,
+                phase: Phase) -> tuple[Tensor, Tensor, Observation | None]:
+        """The hidden state for the head [B, S, W], the block's own streams [B, S, N, W], and an Observation."""
+        X_BSNW = (self.embed_proj(self.embed_norm(next_embedding_BSW))[:, :, None]
+                  + self.hidden_proj(self.hidden_norm(X_BSNW)))
+        X_BSNW, observation = self(X_BSNW, next_token_BS, layout, None, phase)
+        return self.norm(self.collapse(X_BSNW)), X_BSNW, observation

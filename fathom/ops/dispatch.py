@@ -1,0 +1,62 @@
+"""Operators with one definition and any number of faster implementations.
+
+`@op` turns a plain function (the definition, readable next to its equation) into an operator. Other
+implementations register with a predicate on the arguments; the last registered one that supports the
+arguments is chosen, else the definition. Nothing here knows any particular operator.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+DEFINITION = "definition"
+_preferred: ContextVar[str | None] = ContextVar("fathom_ops_preferred", default=None)
+
+
+class Op:
+    """A callable operator: `definition` plus registered implementations."""
+
+    def __init__(self, definition: Callable):
+        self.definition = definition
+        self.implementations: dict[str, tuple[Callable[..., bool], Callable]] = {}
+        self.__name__ = definition.__name__
+        self.__doc__ = definition.__doc__
+
+    def register(self, name: str, supports: Callable[..., bool]) -> Callable[[Callable], Callable]:
+        """Decorator: add an implementation called `name` for arguments where `supports(*args, **kwargs)`."""
+
+        def add(function: Callable) -> Callable:
+            self.implementations[name] = (supports, function)
+            return function
+
+        return add
+
+    def choose(self, *args, **kwargs) -> tuple[str, Callable]:
+        """The name and function that a call with these arguments would run."""
+        preferred = _preferred.get()
+        if preferred == DEFINITION:
+            return DEFINITION, self.definition
+        names = [preferred] if preferred in self.implementations else list(reversed(self.implementations))
+        for name in names:
+            supports, function = self.implementations[name]
+            if supports(*args, **kwargs):
+                return name, function
+        return DEFINITION, self.definition
+
+    def __call__(self, *args, **kwargs):
+        return self.choose(*args, **kwargs)[1](*args, **kwargs)
+
+
+def op(definition: Callable) -> Op:
+    """Decorator: make a definition callable through dispatch."""
+    return Op(definition)
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Prefer the implementation called `name` ("definition" forces the definitions) inside this block."""
+    token = _preferred.set(name)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)

@@ -1,0 +1,1 @@
+"""Parameter updates and the schedules that drive them."""

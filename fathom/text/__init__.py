@@ -1,0 +1,1 @@
+"""Tokens and chat: everything between characters and token ids."""
