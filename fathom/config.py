@@ -269,8 +269,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         rope_scaling=None, torch_dtype="float32"),
     # About 100M parameters, 20M of them activated: one GPU.
     "nano": dict(
-        vocab_size=16384, hidden_size=512, num_hidden_layers=10, num_attention_heads=8, head_dim=128,
-        qk_rope_head_dim=32, q_lora_rank=256, o_groups=2, o_lora_rank=128, n_routed_experts=32, num_experts_per_tok=2,
+        vocab_size=16384, hidden_size=384, num_hidden_layers=10, num_attention_heads=8, head_dim=128,
+        qk_rope_head_dim=32, q_lora_rank=192, o_groups=2, o_lora_rank=128, n_routed_experts=42, num_experts_per_tok=2,
         moe_intermediate_size=160, index_n_heads=8, index_head_dim=64, index_topk=128, num_hash_layers=2,
         compress_ratios=[0, 0, 4, 128, 4, 128, 4, 128, 4, 128, 0], max_position_embeddings=131072,
         rope_scaling={"original_max_position_embeddings": 8192}, torch_dtype="float32"),

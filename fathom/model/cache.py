@@ -40,7 +40,8 @@ class Stream:
                  device: torch.device):
         self.entries_BMD = torch.zeros(batch, entries, channels, dtype=dtype, device=device)
         halves = 2 if overlap else 1
-        self.tail = Ring(batch, halves * tail, 2 * halves * channels, torch.float32, device)  # value and score
+        wide = torch.promote_types(dtype, torch.float32)
+        self.tail = Ring(batch, halves * tail, 2 * halves * channels, wide, device)  # value and score
 
 
 class LayerCache:

@@ -1,0 +1,99 @@
+"""The state of a training run: a model folder in the released layout with the optimiser and data position beside it.
+
+`step-000200/` opens with load_model like any other model; its `training/` holds what only a resumed run needs.
+Folders appear whole, carry checksums, and resuming from one continues bit for bit.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fathom.checkpoint.released import load_model, read_tensors, write_model, write_tensors
+from fathom.errors import CheckpointError
+from fathom.files import new_folder, sha256
+from fathom.model.transformer import Transformer
+from fathom.text.tokenizer import Tokenizer
+
+MANIFEST = "training/manifest.json"
+STATE = "training/optimizer.safetensors"
+_RANDOM = "random_state"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Steps done, the optimiser's tensors by name, and torch's random state."""
+
+    step: int
+    optimizer: dict[str, Tensor]
+    random_state: Tensor
+
+
+def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, state: TrainingState) -> None:
+    """Write one checkpoint, all or nothing; a full disk is a CheckpointError and leaves older checkpoints alone."""
+    with new_folder(folder) as partial:
+        write_model(model, partial)
+        tokenizer.save(partial)
+        (partial / "training").mkdir()
+        write_tensors(state.optimizer | {_RANDOM: state.random_state}, partial / STATE)
+        files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+        manifest = {"step": state.step,
+                    "sha256": {str(file.relative_to(partial)): sha256(file) for file in files}}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def load_checkpoint(folder: Path) -> tuple[Transformer, TrainingState]:
+    """Read a checkpoint back, every file checked against its checksum first."""
+    manifest = _manifest(folder)
+    for name, digest in manifest["sha256"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise CheckpointError(f"{folder / name} is damaged or missing; delete {folder} to resume from the "
+                                  "checkpoint before it")
+    tensors = read_tensors(folder / STATE)
+    random_state = tensors.pop(_RANDOM)
+    return load_model(folder), TrainingState(manifest["step"], tensors, random_state)
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def prune_checkpoints(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for folder in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder that a path means: itself, or the newest checkpoint of a run folder."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    checkpoints = list_checkpoints(path) if path.is_dir() else []
+    if not checkpoints:
+        raise CheckpointError(f"{path} is neither a model folder (config.json + *.safetensors) nor a run with checkpoints")
+    return checkpoints[-1]
+
+
+def _manifest(folder: Path) -> dict:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{folder} holds no training state: {error.strerror or error}") from None
+    except json.JSONDecodeError:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged; delete {folder} to resume from the checkpoint before "
+                              "it") from None
+
+
+def random_state() -> Tensor:
+    """Torch's global random state [bytes], for TrainingState."""
+    return torch.get_rng_state()

@@ -1,0 +1,167 @@
+"""A corpus as memory-mapped token ids on disk, with a manifest that says exactly what is in it.
+
+Report section 4.1 (data). Written whole or not at all, reused while its content, tokenizer and settings stay the
+same, and checked when opened. Knows no tokenizer: it is handed a function that encodes texts.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from fathom.data.corpora import Document
+from fathom.errors import CheckpointError, DataError
+from fathom.files import new_folder, sha256
+
+FORMAT = 1
+MANIFEST, TOKENS, DOCUMENTS = "manifest.json", "tokens.bin", "documents.npy"
+BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once: enough to keep its threads busy
+EncodeMany = Callable[[list[str]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All documents end to end, each as bos + tokens + eos.
+
+    `tokens` [total] is memory-mapped (uint16 or uint32); `lengths` [documents] counts tokens with bos and eos,
+    `byte_lengths` [documents] the UTF-8 bytes of each text (both int64); `starts` [documents] points into `tokens`.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    byte_lengths: np.ndarray
+    starts: np.ndarray
+    manifest: dict
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool = False) -> "TokenStore":
+        """Open a store, checking sizes, and with `verify` the checksums too; DataError if it is missing or damaged."""
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        for name, expected in manifest["files"].items():
+            _check_file(folder / name, expected, verify)
+        lengths, byte_lengths = np.load(folder / DOCUMENTS).T.copy()
+        tokens = np.memmap(folder / TOKENS, manifest["dtype"], mode="r").view(np.ndarray)
+        if len(tokens) != lengths.sum():
+            raise DataError(f"{folder} disagrees with itself: {len(tokens)} tokens, {lengths.sum()} listed; delete it "
+                            "and prepare the data again")
+        return cls(tokens, lengths, byte_lengths, np.cumsum(lengths) - lengths, manifest)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all documents, with their bos and eos."""
+        return len(self.tokens)
+
+    def document(self, index: int) -> np.ndarray:
+        """Token ids [length] of one document, bos and eos included; a view into the file."""
+        return self.tokens[self.starts[index]:self.starts[index] + self.lengths[index]]
+
+
+def build_store(folder: str | Path, documents: Sequence[Document], encode_many: EncodeMany, *, bos_id: int, eos_id: int,
+                vocab_size: int, fingerprint: str, settings: dict | None = None,
+                progress: Callable[[int], None] | None = None) -> TokenStore:
+    """Tokenise `documents` into `folder`, or open what stands there if it holds exactly this.
+
+    `encode_many` maps texts to ids without bos and eos; `fingerprint` names the tokenizer; `settings` is whatever else
+    the content depends on; `progress` is called with the bytes of text done so far. Raises DataError if there is
+    nothing to store, an id lies outside the vocabulary, or the folder cannot be written (it is then left as it was).
+    """
+    folder = Path(folder)
+    if not documents:
+        raise DataError(f"no documents to store in {folder}; check the sources and the held-out share")
+    identity = dict(format=FORMAT, bos_id=bos_id, eos_id=eos_id, vocab_size=vocab_size, fingerprint=fingerprint,
+                    settings=settings or {})
+    key = _content_key(documents, identity)
+    if folder.exists() and not (folder / MANIFEST).exists():
+        raise DataError(f"{folder} exists and is no token store; choose another folder, or delete it first")
+    if folder.exists():
+        try:
+            store = TokenStore.open(folder)
+            if store.manifest["key"] == key:
+                return store
+        except DataError:
+            pass  # damaged: written anew below
+    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+    try:
+        with new_folder(folder) as partial:
+            lengths, byte_lengths = [], [len(document.text.encode()) for document in documents]
+            done = [0, *accumulate(byte_lengths)]
+            with open(partial / TOKENS, "wb") as file:
+                for first, last in _batches(byte_lengths):
+                    for ids in encode_many([document.text for document in documents[first:last]]):
+                        row = _checked([bos_id, *ids, eos_id], vocab_size).astype(dtype)
+                        file.write(row.tobytes())
+                        lengths.append(len(row))
+                    if progress:
+                        progress(done[last])
+            np.save(partial / DOCUMENTS, np.array([lengths, byte_lengths], dtype=np.int64).T)
+            manifest = dict(key=key, **identity, dtype=dtype.str, **_tables(documents, lengths, byte_lengths))
+            manifest["files"] = {name: dict(bytes=(partial / name).stat().st_size, sha256=sha256(partial / name))
+                                 for name in (TOKENS, DOCUMENTS)}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+    except CheckpointError as error:
+        raise DataError(f"{error}; free some space or choose another folder") from error
+    return TokenStore.open(folder)
+
+
+def _content_key(documents: Sequence[Document], identity: dict) -> str:
+    """Hex digest of everything that the store depends on."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for document in documents:
+        digest.update(json.dumps([document.source, document.licence, document.name, document.text]).encode())
+    return digest.hexdigest()
+
+
+def _batches(byte_lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of documents of about BATCH_BYTES each."""
+    first, size = 0, 0
+    for index, length in enumerate(byte_lengths):
+        size += length
+        if size >= BATCH_BYTES or index == len(byte_lengths) - 1:
+            yield first, index + 1
+            first, size = index + 1, 0
+
+
+def _checked(ids: list[int], vocab_size: int) -> np.ndarray:
+    row = np.asarray(ids, dtype=np.int64)
+    if row.min() < 0 or row.max() >= vocab_size:
+        wrong = row.min() if row.min() < 0 else row.max()
+        raise DataError(f"token id {wrong} lies outside the vocabulary of {vocab_size}; use the model's own tokenizer")
+    return row
+
+
+def _tables(documents: Sequence[Document], lengths: list[int], byte_lengths: list[int]) -> dict:
+    """Documents, tokens and bytes: in all, by source and by licence."""
+    tables: dict = dict(documents=len(documents), tokens=sum(lengths), bytes=sum(byte_lengths), sources={}, licences={})
+    for document, tokens, size in zip(documents, lengths, byte_lengths, strict=True):
+        for table, name in ((tables["sources"], document.source), (tables["licences"], document.licence)):
+            counts = table.setdefault(name, dict(documents=0, tokens=0, bytes=0))
+            for field, amount in (("documents", 1), ("tokens", tokens), ("bytes", size)):
+                counts[field] += amount
+    return tables
+
+
+def _read_manifest(folder: Path) -> dict:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{folder} is no token store (no readable {MANIFEST}); prepare the data first") from error
+    except ValueError as error:
+        raise DataError(f"{folder / MANIFEST} is damaged; delete {folder} and prepare the data again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{folder} was not written in store format {FORMAT}; delete it and prepare the data again")
+    return manifest
+
+
+def _check_file(path: Path, expected: dict, verify: bool) -> None:
+    if not path.exists():
+        raise DataError(f"{path} is missing; delete its folder and prepare the data again")
+    if path.stat().st_size != expected["bytes"]:
+        raise DataError(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}; delete its folder and "
+                        "prepare the data again")
+    if verify and sha256(path) != expected["sha256"]:
+        raise DataError(f"{path} does not match its checksum; delete its folder and prepare the data again")

@@ -1,0 +1,31 @@
+"""Hybrid Newton-Schulz (report 2.4, Algorithm 1): the nearest matrix whose singular values are all 1.
+
+Eight steep steps lift every singular value to about 1, two flat ones settle it there. Knows no optimiser.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fathom.ops.dispatch import op
+from fathom.ops.precision import wide
+
+HYBRID = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2  # (a, b, c) of each step
+
+
+@op
+def orthogonalize(matrices_BNM: Tensor, steps: Sequence[tuple[float, float, float]] = HYBRID) -> Tensor:
+    """U V^T of each matrix's singular value decomposition, to about 1%: [B, N, M] -> [B, N, M], float32 or wider.
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X for each (a, b, c), from X = M / ||M||_F. A zero matrix stays zero.
+    """
+    tall = matrices_BNM.shape[-2] > matrices_BNM.shape[-1]
+    X = wide(matrices_BNM.mT if tall else matrices_BNM)  # X X^T is then of the smaller side
+    # The squares of gradients around 1e-20 need the exponents of float64.
+    norm_B11 = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    X = X / norm_B11.clamp(min=torch.finfo(X.dtype).tiny).to(X.dtype)
+    for a, b, c in steps:
+        gram_BNN = X @ X.mT
+        X = a * X + (b * gram_BNN + c * gram_BNN @ gram_BNN) @ X
+    return X.mT if tall else X

@@ -1,0 +1,162 @@
+"""Muon for weight matrices, AdamW for the rest, and which parameter goes where (report 2.4, 4.2.2).
+
+torch.optim.Muon cannot agree with the report to rounding: it takes one coefficient triple for all its steps where the
+report needs two, iterates in bfloat16 only, and takes 2-D parameters whole, so neither experts nor heads on their own.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fathom.config import ModelConfig
+from fathom.errors import CheckpointError, RecipeError
+from fathom.ops.orthogonalize import orthogonalize
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Settings of Muon; `update_rms` is the root mean square of an update at rate 1, as AdamW's would be."""
+
+    momentum: float = 0.95
+    weight_decay: float = 0.1
+    update_rms: float = 0.18
+
+    def __post_init__(self):
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "from 0 to below 1")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require(self.update_rms > 0, "update_rms", self.update_rms, "above 0")
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of AdamW."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-20
+    weight_decay: float = 0.1
+
+    def __post_init__(self):
+        _require(0 <= self.beta1 < 1, "beta1", self.beta1, "from 0 to below 1")
+        _require(0 <= self.beta2 < 1, "beta2", self.beta2, "from 0 to below 1")
+        _require(self.eps > 0, "eps", self.eps, "above 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]],
+                     config: ModelConfig) -> tuple[dict[str, int], list[str]]:
+    """Muon's parameters by name, each with its number of independent matrices along dim 0, and AdamW's names.
+
+    AdamW takes the embedding, the head, the position biases and every vector: norms, sinks, streams' base and scale.
+    """
+    matrices: dict[str, int] = {}
+    others: list[str] = []
+    for name, parameter in named_parameters:
+        if parameter.ndim < 2 or name in ("embed.weight", "head.weight") or name.endswith(".position_bias"):
+            others.append(name)
+        else:
+            matrices[name] = parameter.shape[0] if parameter.ndim == 3 else _blocks(name, parameter.shape[0], config)
+    return matrices, others
+
+
+class MuonOptimizer(torch.optim.Optimizer):
+    """Muon over groups of parameters; a group's `blocks` is the number of independent matrices along dim 0.
+
+    Per matrix [n, m] with gradient G: M <- mu M + G; O = NS(mu M + G) sqrt(max(n, m)) rms; W <- W (1 - lr decay) - lr O.
+    """
+
+    def __init__(self, groups: list[dict], settings: Muon):
+        super().__init__(groups, {"lr": 0.0, "blocks": 1})
+        self.settings = settings
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient; matrices of one shape are orthogonalised in one call."""
+        mu = self.settings.momentum
+        by_shape: dict[tuple, list[tuple[Tensor, float, Tensor]]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    momentum = self.state[parameter]["momentum"].mul_(mu).add_(parameter.grad)
+                    nesterov = parameter.grad.add(momentum, alpha=mu)
+                    matrices_BNM = nesterov.reshape(group["blocks"], -1, parameter.shape[-1])
+                    key = matrices_BNM.shape[1:], parameter.dtype, parameter.device
+                    by_shape.setdefault(key, []).append((parameter, group["lr"], matrices_BNM))
+        for (shape, *_), members in by_shape.items():
+            updates_BNM = orthogonalize(torch.cat([matrices_BNM for *_, matrices_BNM in members]))
+            updates_BNM *= self.settings.update_rms * max(shape) ** 0.5
+            updates = updates_BNM.split([len(matrices_BNM) for *_, matrices_BNM in members])
+            for (parameter, rate, _), update_BNM in zip(members, updates, strict=True):
+                parameter.mul_(1 - rate * self.settings.weight_decay)
+                parameter.add_(update_BNM.reshape(parameter.shape), alpha=-rate)
+
+
+class Optimizer:
+    """Muon and AdamW over one model. Its state is flat and named, and continuing from it is bit-identical."""
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig, muon: Muon,
+                 adamw: AdamW):
+        self.parameters = dict(named_parameters)
+        matrices, others = parameter_groups(self.parameters.items(), config)
+        self.muon = MuonOptimizer([{"params": [self.parameters[name]], "blocks": blocks}
+                                   for name, blocks in matrices.items()], muon)
+        self.adamw = torch.optim.AdamW([self.parameters[name] for name in others], lr=0.0, eps=adamw.eps,
+                                       betas=(adamw.beta1, adamw.beta2), weight_decay=adamw.weight_decay)
+        for name in others:  # as AdamW itself would at its first step, so that every state has the same names
+            parameter = self.parameters[name]
+            self.adamw.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
+                                           "exp_avg_sq": torch.zeros_like(parameter)}
+
+    def step(self, rate: float) -> None:
+        """Update every parameter that has a gradient, at this learning rate."""
+        for optimizer in (self.muon, self.adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The state itself, not a copy: NAME.momentum, or NAME.exp_avg, NAME.exp_avg_sq (shaped as NAME) and NAME.step."""
+        return {f"{name}.{kind}": tensor for name, parameter in self.parameters.items()
+                for kind, tensor in (self.muon.state.get(parameter) or self.adamw.state[parameter]).items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Copy a saved state in; CheckpointError names what is missing, unexpected or of another shape."""
+        own = self.state_tensors()
+        wrong = [f"{name} is missing" for name in own if name not in tensors]
+        wrong += [f"{name} is unexpected" for name in tensors if name not in own]
+        wrong += [f"{name} has shape {list(tensors[name].shape)} instead of {list(tensor.shape)}"
+                  for name, tensor in own.items() if name in tensors and tensors[name].shape != tensor.shape]
+        if wrong:
+            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            raise CheckpointError(f"optimiser state does not fit this model: {', '.join(wrong[:3])}{more}; "
+                                  "resume with the model config of the run that saved it")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _blocks(name: str, rows: int, config: ModelConfig) -> int:
+    """Independent matrices along dim 0 of a 2-D weight: heads, output groups, the two halves of overlapping blocks."""
+    if name.endswith(".attention.query_up.weight"):
+        return config.num_attention_heads
+    if name.endswith(".attention.output_down.weight"):
+        return config.o_groups
+    if name.endswith(".indexer.query_up.weight"):
+        return config.index_n_heads
+    if ".compressor." in name:
+        return rows // (config.index_head_dim if ".indexer." in name else config.head_dim)
+    return 1
+
+
+def _require(holds: bool, name: str, value: float, allowed: str) -> None:
+    if not holds:
+        raise RecipeError(f"{name} is {value}; allowed: {allowed}")

@@ -1,0 +1,100 @@
+"""Everything that changes while training, as pure functions of the step (report 4.2.2). Steps count from 0.
+
+Knows no optimiser and no data: a step is an int, so a resumed run sees what an unbroken one would have seen.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fathom.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train, at which rates, on how many tokens per step and how long sequences.
+
+    Rates, MTP weights and bias speed default to the Flash model's. The batch grows from `first_batch_tokens` over
+    `batch_ramp_steps`; sequences have `lengths[i]` tokens from step `length_starts[i]` on. `bias_rest_steps` are the
+    last steps, in which the routers' bias is not moved (DeepSeek-V3 had them, V4 names none).
+    """
+
+    steps: int
+    batch_tokens: int
+    first_batch_tokens: int = 0
+    batch_ramp_steps: int = 0
+    lengths: tuple[int, ...] = (4096,)
+    length_starts: tuple[int, ...] = (0,)
+    warmup_steps: int = 2000
+    decay_steps: int = 0
+    peak_rate: float = 2.7e-4
+    final_rate: float = 2.7e-5
+    mtp_weight: float = 0.3
+    mtp_weight_decayed: float = 0.1
+    bias_speed: float = 0.001
+    bias_rest_steps: int = 0
+
+    def __post_init__(self):
+        for name, allowed, holds in (
+            ("steps", "at least 1", self.steps >= 1),
+            ("batch_tokens", "at least 1", self.batch_tokens >= 1),
+            ("first_batch_tokens", "from 0 to batch_tokens", 0 <= self.first_batch_tokens <= self.batch_tokens),
+            ("batch_ramp_steps", "at least 0", self.batch_ramp_steps >= 0),
+            ("lengths", "one or more, growing, from 1", _grows((0, *self.lengths)) and self.lengths),
+            ("length_starts", "one step for each of lengths, growing, the first 0",
+             self.length_starts[:1] == (0,) and _grows(self.length_starts)
+             and len(self.length_starts) == len(self.lengths)),
+            ("warmup_steps", "at least 0", self.warmup_steps >= 0),
+            ("decay_steps", f"from 0 to steps - warmup_steps = {self.steps - self.warmup_steps}",
+             0 <= self.decay_steps <= self.steps - self.warmup_steps),
+            ("final_rate", "from 0 to peak_rate", 0 <= self.final_rate <= self.peak_rate),
+            ("mtp_weight", "at least 0", self.mtp_weight >= 0),
+            ("mtp_weight_decayed", "at least 0", self.mtp_weight_decayed >= 0),
+            ("bias_speed", "at least 0", self.bias_speed >= 0),
+            ("bias_rest_steps", "from 0 to steps", 0 <= self.bias_rest_steps <= self.steps),
+        ):
+            if not holds:
+                raise RecipeError(f"{name} is {getattr(self, name)}; allowed: {allowed}")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate: linear warm-up, constant, cosine decay that reaches `final_rate` at the last step."""
+        if step < self.warmup_steps:
+            return self.peak_rate * (step + 1) / self.warmup_steps
+        if not self._decays(step):
+            return self.peak_rate
+        progress = min(1.0, (step + 1 - (self.steps - self.decay_steps)) / self.decay_steps)
+        return self.final_rate + (self.peak_rate - self.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+    def length_at(self, step: int) -> int:
+        """Tokens in a sequence."""
+        return self.lengths[self._stage(step)]
+
+    def batch_rows_at(self, step: int) -> int:
+        """Sequences in a batch: the token count that is due, in whole sequences, at least one."""
+        grown = min(1.0, step / self.batch_ramp_steps) if self.batch_ramp_steps else 1.0
+        tokens = self.first_batch_tokens + grown * (self.batch_tokens - self.first_batch_tokens)
+        return max(1, int(tokens) // self.length_at(step))
+
+    def first_row_at(self, step: int) -> int:
+        """Sequences of this step's length that earlier steps have taken."""
+        start = self.length_starts[self._stage(step)]
+        settled = min(step, max(start, self.batch_ramp_steps))
+        return (sum(self.batch_rows_at(earlier) for earlier in range(start, settled))
+                + (step - settled) * self.batch_rows_at(step))
+
+    def mtp_weight_at(self, step: int) -> float:
+        """Weight of the multi-token prediction loss: lower once the learning rate decays."""
+        return self.mtp_weight_decayed if self._decays(step) else self.mtp_weight
+
+    def bias_speed_at(self, step: int) -> float:
+        """How far a router's selection bias moves after the step."""
+        return 0.0 if step >= self.steps - self.bias_rest_steps else self.bias_speed
+
+    def _decays(self, step: int) -> bool:
+        return self.decay_steps > 0 and step >= self.steps - self.decay_steps
+
+    def _stage(self, step: int) -> int:
+        return sum(start <= step for start in self.length_starts) - 1
+
+
+def _grows(values: tuple[int, ...]) -> bool:
+    return all(one < other for one, other in zip(values, values[1:], strict=False))

@@ -1,0 +1,207 @@
+"""Pre-training: a corpus, a tokenizer and a schedule become a base model (report 4).
+
+The recipe is this file's `Pretrain`; the steps are the loop's.
+"""
+
+import copy
+import dataclasses
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fathom.accounting import parameters
+from fathom.config import PRESETS, ModelConfig
+from fathom.data.corpora import read_documents, split_held_out
+from fathom.data.packing import Batch, PackedData
+from fathom.data.store import TokenStore, build_store
+from fathom.errors import RecipeError
+from fathom.evals.perplexity import bits_per_byte, token_byte_lengths
+from fathom.model.transformer import Transformer
+from fathom.optim.muon import AdamW, Muon, Optimizer
+from fathom.optim.schedules import Schedule
+from fathom.text.tokenizer import Tokenizer
+from fathom.train.loop import Loop, Stage, run_stage
+from fathom.train.objective import LossWeights, objective
+from fathom.train.run_folder import check_same, continue_run, restored, start_run, stored_recipe
+
+TRIAL_STEPS = 5  # timed to turn minutes into steps; the first, slower one is not counted
+VALIDATION_ROWS = 8  # rows a batch
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train on; relative sources start at the recipe's folder. `tokenizer`: "train", "official" or a folder."""
+
+    sources: tuple[str, ...]
+    tokenizer: str = "train"
+    held_out: float = 0.05
+    piece_bytes: int = 8192
+    validation_tokens: int = 32768
+
+    def __post_init__(self):
+        if not self.sources:
+            raise RecipeError("sources is empty; name at least one file, folder or package:NAME")
+        if not 0 < self.held_out < 1:
+            raise RecipeError(f"held_out is {self.held_out}; allowed: above 0, below 1")
+        if self.piece_bytes < 1 or self.validation_tokens < 1:
+            raise RecipeError("piece_bytes and validation_tokens must be at least 1")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """A pre-training run. `model` is a preset or a config.json; `minutes`, if given, replaces the schedule's steps by
+    as many as this machine does in that time, measured before the run (warm-up and decay keep their shares).
+    """
+
+    run: str
+    data: Data
+    schedule: Schedule
+    model: str = "tiny"
+    seed: int = 0
+    minutes: float | None = None
+    dense_steps: int = 0  # of attention to all visible entries, before the indexer selects
+    losses: LossWeights = field(default_factory=LossWeights)
+    muon: Muon = field(default_factory=Muon)
+    adamw: AdamW = field(default_factory=AdamW)
+    loop: Loop = field(default_factory=Loop)
+
+    def __post_init__(self):
+        if self.minutes is not None and self.minutes <= 0:
+            raise RecipeError(f"minutes is {self.minutes}; allowed: above 0")
+        if self.dense_steps < 0:
+            raise RecipeError(f"dense_steps is {self.dense_steps}; allowed: at least 0")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The prepared data of a run."""
+
+    tokenizer: Tokenizer
+    train: TokenStore
+    held_out: TokenStore
+
+
+def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Path:
+    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
+    run = Path(recipe.run)
+    config = _config(recipe.model, root)
+    state = None
+    if resume:
+        recipe = _resumed(run, recipe)
+        model, state = continue_run(run)
+        config = model.config
+        corpus = Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part, verify=True)
+                                                             for part in ("train", "held_out")))
+    else:
+        start_run(run, recipe)
+        corpus = _prepare(recipe.data, config, run, root, console)
+        model = Transformer(config).initialise(recipe.seed)
+    _check_vocabulary(corpus.tokenizer, config)
+    optimizer = restored(Optimizer(model.named_parameters(), config, recipe.muon, recipe.adamw), state)
+    _describe(recipe, config, corpus, console)
+    if recipe.minutes and not resume:
+        recipe = _with_steps_for_minutes(recipe, model, corpus, console)
+        start_run(run, recipe)
+    stage = _stage(recipe, model, corpus)
+    run_stage(run, model, corpus.tokenizer, optimizer, stage, recipe.schedule.steps, state.step if state else 0,
+              recipe.loop, console)
+    return run
+
+
+def held_out_batches(store: TokenStore, sequence_length: int, pad_id: int, limit_tokens: int | None = None) -> list[Batch]:
+    """The held-out documents as batches in a fixed order, the first `limit_tokens` tokens or all."""
+    packed = PackedData(store, sequence_length, 0, pad_id)
+    rows = packed.rows_in_epoch(0)
+    if limit_tokens is not None:
+        rows = min(rows, -(-limit_tokens // sequence_length))
+    return [packed.rows(first, min(VALIDATION_ROWS, rows - first)) for first in range(0, rows, VALIDATION_ROWS)]
+
+
+def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus) -> Stage:
+    schedule, pad_id = recipe.schedule, corpus.tokenizer.pad_id
+    packed = {length: PackedData(corpus.train, length, recipe.seed, pad_id) for length in schedule.lengths}
+    validation = held_out_batches(corpus.held_out, schedule.lengths[-1], pad_id, recipe.data.validation_tokens)
+    byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size)
+    return Stage(
+        batch=lambda step: packed[schedule.length_at(step)].rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
+        loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step),
+                                           "dense" if step < recipe.dense_steps else "sparse"),
+        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at,
+        validate=lambda: bits_per_byte(model, validation, byte_lengths_V))
+
+
+def _config(model: str, root: Path) -> ModelConfig:
+    return ModelConfig.preset(model) if model in PRESETS else ModelConfig.load(root / model)
+
+
+def _resumed(run: Path, given: Pretrain) -> Pretrain:
+    stored = stored_recipe(run, given)
+    if given.minutes:
+        given = dataclasses.replace(given, schedule=stored.schedule)
+    check_same(run, stored, given)
+    return stored
+
+
+def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> Corpus:
+    console.print(f"reading {', '.join(data.sources)}", soft_wrap=True)
+    train, held_out = split_held_out(read_documents(data.sources, root), data.held_out, data.piece_bytes)
+    if data.tokenizer == "train":
+        console.print(f"training a tokenizer of {config.vocab_size} tokens on "
+                      f"{sum(len(document.text) for document in train) / 1e6:.1f}M characters", soft_wrap=True)
+        tokenizer = Tokenizer.train((document.text for document in train), config.vocab_size)
+    else:
+        tokenizer = Tokenizer.official() if data.tokenizer == "official" else Tokenizer.load(root / data.tokenizer)
+    _check_vocabulary(tokenizer, config)
+    (run / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(run / "tokenizer")
+    total = sum(len(document.text.encode()) for document in [*train, *held_out])
+    with Progress(TextColumn("tokenising"), BarColumn(bar_width=24), TimeRemainingColumn(), console=console,
+                  disable=not console.is_terminal) as progress:
+        task = progress.add_task("tokenising", total=total)
+        stores = [build_store(run / "data" / part, documents, tokenizer.encode_many, bos_id=tokenizer.bos_id,
+                              eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
+                              fingerprint=tokenizer.fingerprint,
+                              progress=lambda done: progress.update(task, completed=done))
+                  for part, documents in (("train", train), ("held_out", held_out))]
+    return Corpus(tokenizer, *stores)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise RecipeError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is "
+                          f"{config.vocab_size}; use a config with the larger one")
+
+
+def _describe(recipe: Pretrain, config: ModelConfig, corpus: Corpus, console: Console) -> None:
+    counts = parameters(config)
+    for part, store in (("train on", corpus.train), ("held out", corpus.held_out)):
+        console.print(f"{part} {store.total_tokens:,} tokens of {store.manifest['bytes'] / 1e6:.2f} MB in "
+                      f"{store.manifest['documents']:,} documents", soft_wrap=True)
+    console.print(f"model {recipe.model}: {counts.total / 1e6:.2f}M parameters, {counts.activated / 1e6:.2f}M activated "
+                  f"(and {counts.mtp / 1e6:.2f}M for MTP)", soft_wrap=True)
+
+
+def _with_steps_for_minutes(recipe: Pretrain, model: Transformer, corpus: Corpus, console: Console) -> Pretrain:
+    """The recipe with as many steps as fit into its minutes, timed on a copy of the model."""
+    trial = copy.deepcopy(model)
+    optimizer = Optimizer(trial.named_parameters(), trial.config, recipe.muon, recipe.adamw)
+    stage, seconds = _stage(recipe, trial, corpus), []
+    for step in range(TRIAL_STEPS):
+        began = time.monotonic()
+        optimizer.zero_grad()
+        stage.loss(stage.batch(step), step).total.backward()
+        torch.nn.utils.clip_grad_norm_(trial.parameters(), recipe.loop.clip_norm)
+        optimizer.step(0.0)
+        seconds.append(time.monotonic() - began)
+    old = recipe.schedule
+    steps = max(10, round(recipe.minutes * 60 / statistics.median(seconds[1:])))
+    console.print(f"{statistics.median(seconds[1:]):.2f} s a step: {steps} steps in {recipe.minutes:g} minutes",
+                  soft_wrap=True)
+    scaled = dataclasses.replace(old, steps=steps, decay_steps=int(old.decay_steps * steps / old.steps),
+                                 warmup_steps=int(old.warmup_steps * steps / old.steps))
+    return dataclasses.replace(recipe, schedule=scaled)

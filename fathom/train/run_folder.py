@@ -1,0 +1,64 @@
+"""The folder of a run: its resolved recipe, the environment it ran in, and whether it starts or continues."""
+
+import json
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fathom import recipe as recipes
+from fathom.checkpoint.training import TrainingState, list_checkpoints, load_checkpoint
+from fathom.errors import CheckpointError, RecipeError
+from fathom.files import write_text
+from fathom.model.transformer import Transformer
+from fathom.optim.muon import Optimizer
+
+RECIPE = "recipe.toml"
+Recipe = TypeVar("Recipe")
+
+
+def start_run(run: Path, recipe: Any) -> None:
+    """Make a new run's folder with its resolved recipe; a folder that holds a run already is never overwritten."""
+    if list_checkpoints(run):
+        raise RecipeError(f"{run} already holds a run; --resume continues it, --set run=... starts another")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    write_text(run / RECIPE, recipes.dump(recipe))
+    environment = {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__,
+                   "threads": torch.get_num_threads(), "fathom": metadata.version("fathom")}
+    write_text(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def stored_recipe(run: Path, recipe: Recipe) -> Recipe:
+    """The recipe that the run to resume was started with, which is the one that continues it."""
+    if not (run / RECIPE).is_file():
+        raise RecipeError(f"{run} holds no run to resume; leave --resume out to start one")
+    return recipes.load(type(recipe), run / RECIPE)
+
+
+def check_same(run: Path, stored: Any, given: Any) -> None:
+    """RecipeError naming the first line in which the given recipe differs: another recipe would bend the curve."""
+    old, new = recipes.dump(stored).splitlines(), recipes.dump(given).splitlines()
+    for line in new:
+        if line not in old:
+            raise RecipeError(f"{run} was started with another recipe (now: {line}); resume it unchanged, or start "
+                              "another run with --set run=...")
+
+
+def continue_run(run: Path) -> tuple[Transformer, TrainingState]:
+    """The newest checkpoint's model and state, with torch's random state set back."""
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise CheckpointError(f"{run} holds no checkpoint yet; delete the folder and start again without --resume")
+    model, state = load_checkpoint(checkpoints[-1])
+    torch.set_rng_state(state.random_state)
+    return model, state
+
+
+def restored(optimizer: Optimizer, state: TrainingState | None) -> Optimizer:
+    """The optimiser with the state of a checkpoint, or as it is for a fresh start."""
+    if state is not None:
+        optimizer.load_state_tensors(state.optimizer)
+    return optimizer

@@ -1,0 +1,73 @@
+"""Newton-Schulz against the singular value decomposition."""
+
+import pytest
+import torch
+
+from fathom.ops.orthogonalize import HYBRID, orthogonalize
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (16, 16), (24, 96), (96, 24), (64, 64), (65, 63), (128, 640)]
+
+
+def random_matrices(batch: int, rows: int, columns: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(batch, rows, columns, generator=torch.Generator().manual_seed(rows * 1000 + columns), dtype=dtype)
+
+
+@pytest.mark.parametrize("rows, columns", SHAPES)
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e15])
+def test_singular_values_settle_at_one(rows, columns, magnitude):
+    X_BNM = orthogonalize(random_matrices(3, rows, columns) * magnitude)
+    assert X_BNM.shape == (3, rows, columns) and X_BNM.dtype == torch.float32
+    values = torch.linalg.svdvals(X_BNM)
+    assert values.min() > 0.9 and values.max() < 1.1
+
+
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_directions_are_those_of_the_decomposition(rows, columns):
+    matrices_BNM = random_matrices(2, rows, columns, torch.float64)
+    U, S, Vh = torch.linalg.svd(matrices_BNM, full_matrices=False)
+    difference = torch.linalg.matrix_norm(orthogonalize(matrices_BNM) - U @ Vh, ord=2)
+    assert difference.max() < 0.1
+
+
+def test_each_step_is_the_polynomial_of_the_singular_values():
+    matrix_NM = random_matrices(1, 6, 9, torch.float64)[0]
+    U, S, Vh = torch.linalg.svd(matrix_NM, full_matrices=False)
+    S = S / S.square().sum().sqrt()
+    for a, b, c in [(3.4445, -4.7750, 2.0315)] * 8 + [(2, -1.5, 0.5)] * 2:
+        S = a * S + b * S**3 + c * S**5
+    torch.testing.assert_close(orthogonalize(matrix_NM[None])[0], U @ S.diag() @ Vh, rtol=1e-9, atol=1e-9)
+
+
+def test_the_last_two_steps_are_needed():
+    matrices_BNM = random_matrices(4, 64, 64)
+    rough, settled = (torch.linalg.svdvals(orthogonalize(matrices_BNM, steps)) for steps in (HYBRID[:8], HYBRID))
+    assert (rough - 1).abs().max() > 0.1 > (settled - 1).abs().max()
+
+
+def test_a_batch_is_its_matrices_one_by_one():
+    matrices_BNM = random_matrices(5, 20, 33)
+    alone = torch.cat([orthogonalize(matrix_NM[None]) for matrix_NM in matrices_BNM])
+    torch.testing.assert_close(orthogonalize(matrices_BNM), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_transposing_and_negating_commute_with_it():
+    matrices_BNM = random_matrices(2, 12, 30)
+    X_BNM = orthogonalize(matrices_BNM)
+    assert torch.equal(orthogonalize(matrices_BNM.mT), X_BNM.mT)
+    assert torch.equal(orthogonalize(-matrices_BNM), -X_BNM)
+
+
+def test_zero_stays_zero_beside_others():
+    matrices_BNM = random_matrices(3, 8, 6)
+    matrices_BNM[1] = 0
+    X_BNM = orthogonalize(matrices_BNM)
+    assert torch.equal(X_BNM[1], torch.zeros(8, 6)) and X_BNM.isfinite().all()
+    assert torch.linalg.svdvals(X_BNM[[0, 2]]).min() > 0.9
+
+
+def test_precision_is_float32_or_wider_and_the_input_is_left_alone():
+    for dtype, result in [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)]:
+        matrices_BNM = random_matrices(1, 4, 4).to(dtype)
+        before = matrices_BNM.clone()
+        assert orthogonalize(matrices_BNM).dtype == result
+        assert torch.equal(matrices_BNM, before)
