@@ -39,7 +39,7 @@ _RENAMES = [(re.compile(ours), released) for ours, released in [
     (r"\bembed_proj\b", "e_proj"), (r"\bhidden_proj\b", "h_proj"),
     (r"\bembed_norm\b", "enorm"), (r"\bhidden_norm\b", "hnorm"),
 ]]
-# Kept in float32 whatever the model's dtype, as released.
+# Kept in float32 or wider whatever the model's dtype, as released.
 _FLOAT32 = re.compile(r"(hc_\w+|ape|attn_sink|gate\.bias)$")
 _SHARD_BYTES = 4 << 30
 
@@ -173,7 +173,8 @@ def _allocate(model: nn.Module, dtype: torch.dtype, device: str | torch.device) 
     for prefix, module in model.named_modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
-                kept = tensor.dtype if not tensor.is_floating_point() or _FLOAT32.search(
-                    released_name(f"{prefix}.{name}")) else dtype
+                kept = dtype if tensor.is_floating_point() else tensor.dtype
+                if _FLOAT32.search(released_name(f"{prefix}.{name}")):
+                    kept = torch.promote_types(dtype, torch.float32)
                 real = torch.empty(tensor.shape, dtype=kept, device=device)
                 store[name] = nn.Parameter(real, requires_grad=False) if isinstance(tensor, nn.Parameter) else real

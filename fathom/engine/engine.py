@@ -53,15 +53,16 @@ class Engine:
         limit = min(sampling.max_tokens, self.model.config.max_position_embeddings - len(prompt))
         cache = self.model.new_cache(1, len(prompt) + limit)
         sampler, device = Sampler(sampling), cache.length_B.device
+        known = self.tokenizer.vocab_size  # the model's vocabulary may have rows that no token uses
         for begin in range(0, len(prompt), PREFILL_CHUNK):
             chunk = torch.tensor([prompt[begin:begin + PREFILL_CHUNK]], device=device)
-            logits_V = self.model(chunk, cache=cache, last_only=True).logits[0, 0]
+            logits_V = self.model(chunk, cache=cache, last_only=True).logits[0, 0, :known]
         for made in range(1, limit + 1):
             token = sampler.next_token(logits_V)
             yield token
             if token in stop_ids or made == limit:
                 return
-            logits_V = self.model(torch.tensor([[token]], device=device), cache=cache).logits[0, 0]
+            logits_V = self.model(torch.tensor([[token]], device=device), cache=cache).logits[0, 0, :known]
 
     def text(self, prompt: str, sampling: Sampling, special: bool = False) -> Iterator[str]:
         """Continue plain text, piece by piece; the end token is not written. `special` reads special tokens in the prompt."""

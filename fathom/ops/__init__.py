@@ -13,12 +13,13 @@ from fathom.ops.dispatch import using
 from fathom.ops.experts import clamped_swiglu, routed_experts
 from fathom.ops.index_topk import index_scores, index_topk
 from fathom.ops.losses import IGNORE, cross_entropy, index_divergence, sequence_balance
+from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import wide
 from fathom.ops.streams import collapse_coefficients, sinkhorn, stream_coefficients, streams_in, streams_out
 
 __all__ = [
     "IGNORE", "Entries", "Window", "attended_entries", "attention", "clamped_swiglu", "collapse_coefficients",
-    "cross_entropy", "entry_mass", "index_divergence", "index_scores", "index_topk", "pool_blocks", "routed_experts",
+    "cross_entropy", "entry_mass", "index_divergence", "index_scores", "index_topk", "orthogonalize", "pool_blocks", "routed_experts",
     "sequence_balance", "sinkhorn", "stream_coefficients", "streams_in", "streams_out", "using", "visible_entries",
     "wide",
 ]

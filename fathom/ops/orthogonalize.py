@@ -27,5 +27,6 @@ def orthogonalize(matrices_BNM: Tensor, steps: Sequence[tuple[float, float, floa
     X = X / norm_B11.clamp(min=torch.finfo(X.dtype).tiny).to(X.dtype)
     for a, b, c in steps:
         gram_BNN = X @ X.mT
-        X = a * X + (b * gram_BNN + c * gram_BNN @ gram_BNN) @ X
+        inner_BNN = torch.baddbmm(gram_BNN, gram_BNN, gram_BNN, beta=b, alpha=c)  # b X X^T + c (X X^T)^2
+        X = torch.baddbmm(X, inner_BNN, X, beta=a)
     return X.mT if tall else X

@@ -64,7 +64,8 @@ def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]],
 class MuonOptimizer(torch.optim.Optimizer):
     """Muon over groups of parameters; a group's `blocks` is the number of independent matrices along dim 0.
 
-    Per matrix [n, m] with gradient G: M <- mu M + G; O = NS(mu M + G) sqrt(max(n, m)) rms; W <- W (1 - lr decay) - lr O.
+    Per matrix [n, m] with gradient G (report Algorithm 1):
+    M <- mu M + G; O = NS(mu M + G) sqrt(max(n, m)) update_rms; W <- W (1 - lr weight_decay) - lr O.
     """
 
     def __init__(self, groups: list[dict], settings: Muon):
@@ -125,7 +126,7 @@ class Optimizer:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state itself, not a copy: NAME.momentum, or NAME.exp_avg, NAME.exp_avg_sq (shaped as NAME) and NAME.step."""
+        """The state itself, not a copy: NAME.momentum, or NAME.exp_avg, NAME.exp_avg_sq and a scalar NAME.step."""
         return {f"{name}.{kind}": tensor for name, parameter in self.parameters.items()
                 for kind, tensor in (self.muon.state.get(parameter) or self.adamw.state[parameter]).items()}
 

@@ -56,7 +56,7 @@ def objective(model: Transformer, batch: Batch, weights: LossWeights, mtp_weight
     if index:
         parts["indexer_loss"] = torch.stack(index).mean()
         total = total + weights.indexer * torch.stack(index).sum()
-    return Losses(total, {name: float(part) for name, part in parts.items()}, features.observations)
+    return Losses(total, {name: float(part.detach()) for name, part in parts.items()}, features.observations)
 
 
 @torch.no_grad()

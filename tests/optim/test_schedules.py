@@ -63,11 +63,13 @@ def test_first_row_counts_the_rows_of_all_earlier_steps_of_this_length(ramp, fir
 
 
 @pytest.mark.parametrize("change, name", [
-    (dict(steps=0), "steps"), (dict(batch_tokens=0), "batch_tokens"), (dict(first_batch_tokens=801), "first_batch_tokens"),
-    (dict(batch_ramp_steps=-1), "batch_ramp_steps"), (dict(lengths=()), "lengths"), (dict(lengths=(64, 16)), "lengths"),
+    (dict(steps=0), "steps"), (dict(batch_tokens=0), "batch_tokens"),
+    (dict(first_batch_tokens=801), "first_batch_tokens"), (dict(batch_ramp_steps=-1), "batch_ramp_steps"),
+    (dict(lengths=()), "lengths"), (dict(lengths=(64, 16)), "lengths"),
     (dict(lengths=(0, 16)), "lengths"), (dict(length_starts=(0,)), "length_starts"),
     (dict(length_starts=(1, 50)), "length_starts"), (dict(length_starts=(0, 0)), "length_starts"),
-    (dict(warmup_steps=-1), "warmup_steps"), (dict(warmup_steps=90), "decay_steps"), (dict(decay_steps=91), "decay_steps"),
+    (dict(warmup_steps=-1), "warmup_steps"), (dict(warmup_steps=90), "decay_steps"),
+    (dict(decay_steps=91), "decay_steps"),
     (dict(final_rate=2.0), "final_rate"), (dict(final_rate=-0.1), "final_rate"), (dict(mtp_weight=-1.0), "mtp_weight"),
     (dict(mtp_weight_decayed=-1.0), "mtp_weight_decayed"), (dict(bias_speed=-1.0), "bias_speed"),
     (dict(bias_rest_steps=101), "bias_rest_steps"), (dict(peak_rate=float("nan")), "final_rate"),

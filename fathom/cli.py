@@ -1,0 +1,122 @@
+"""The command line: parses, calls, prints. Imports lazily, so that `fathom --help` is instant."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fathom.errors import FathomError
+
+app = typer.Typer(name="fathom", help="The open, complete DeepSeek-V4 system: train it, talk to it, check it.",
+                  no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None)
+
+SetOption = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe field, such as schedule.steps=100. Repeatable.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")]
+ModelArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A model folder, or a run (its newest checkpoint).")]
+SeedOption = Annotated[Optional[int], typer.Option(help="Same seed, same text.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+TopPOption = Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this share.")]
+
+
+@app.command(epilog="Example:  fathom train recipes/tiny.toml --set minutes=1 --set run=runs/first")
+def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
+    """Pre-train a model from a recipe. Ctrl-C saves and stops; --resume continues the same curve."""
+    from rich.console import Console
+
+    from fathom.recipe import load
+    from fathom.train.pretrain import Pretrain, pretrain
+
+    console = Console()
+    run = pretrain(load(Pretrain, recipe, set_ or []), recipe.parent, resume, console)
+    console.print(f"done: {run}  (talk to it: fathom generate {run} --prompt ...)", soft_wrap=True)
+
+
+@app.command(epilog="Example:  fathom sft recipes/tiny-chat.toml --set base=runs/first")
+def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
+    """Fine-tune a model on conversations. Ctrl-C saves and stops; --resume continues the same curve."""
+    from rich.console import Console
+
+    from fathom.align.sft import Sft, fine_tune
+    from fathom.recipe import load
+
+    console = Console()
+    run = fine_tune(load(Sft, recipe, set_ or []), recipe.parent, resume, console)
+    console.print(f"done: {run}  (talk to it: fathom chat {run})", soft_wrap=True)
+
+
+@app.command(epilog="Example:  fathom generate runs/tiny --prompt 'It is a truth' --max-tokens 80 --seed 1")
+def generate(path: ModelArgument, prompt: Annotated[str, typer.Option(help="The text to continue.")],
+             max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest continuation.")] = 128,
+             temperature: TemperatureOption = 1.0, top_p: TopPOption = 1.0, seed: SeedOption = None,
+             special: Annotated[bool, typer.Option("--special", help="Read special tokens in the prompt.")] = False) -> None:
+    """Continue a text, streamed as it is written."""
+    from fathom.engine.engine import Engine
+    from fathom.engine.sampler import Sampling
+
+    sampling = Sampling(temperature, top_p, seed, max_tokens)
+    sys.stdout.write(prompt)
+    for piece in Engine.load(path).text(prompt, sampling, special):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command(epilog="Example:  fathom chat runs/tiny-chat --think off --message 'What is 3 + 4?'")
+def chat(path: ModelArgument,
+         think: Annotated[str, typer.Option(help="off, high or max.")] = "high",
+         system: Annotated[Optional[str], typer.Option(help="A system message.")] = None,
+         message: Annotated[Optional[str], typer.Option(help="Ask this one question and leave.")] = None,
+         max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer.")] = 512,
+         temperature: TemperatureOption = 1.0, top_p: TopPOption = 1.0, seed: SeedOption = None) -> None:
+    """Talk to a model in the terminal. Inside: /think off|high|max, /new, /quit; Ctrl-C stops an answer."""
+    from fathom.engine.chat_session import ChatSession, converse
+    from fathom.engine.engine import Engine
+    from fathom.engine.sampler import Sampling
+
+    session = ChatSession(Engine.load(path), Sampling(temperature, top_p, seed, max_tokens), think, system)
+    converse(session, message)
+
+
+@app.command("eval", epilog="Example:  fathom eval runs/tiny   or   fathom eval runs/tiny-chat --questions 80")
+def evaluate(path: ModelArgument,
+             questions: Annotated[int, typer.Option(help="Ask so many held-out questions instead.")] = 0,
+             think: Annotated[str, typer.Option(help="off or high, for questions.")] = "off",
+             length: Annotated[int, typer.Option(help="Tokens of context for held-out text.")] = 256) -> None:
+    """Measure a run: held-out bits per byte beside gzip, xz and n-grams, or answers to checked questions."""
+    from rich.console import Console
+
+    from fathom.evals.compare import compare
+    from fathom.evals.tasks import evaluate_questions
+
+    if questions:
+        evaluate_questions(path, questions, think, Console())
+    else:
+        compare(path, length, Console())
+
+
+@app.command(epilog="Example:  fathom info flash   or   fathom info runs/tiny")
+def info(model: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A model folder, a run, or tiny, nano, flash, pro.")],
+         context: Annotated[int, typer.Option(help="Context length for the cost of one token.")] = 0) -> None:
+    """Describe a model: parameters, layer schedule, cache bytes and FLOPs per token."""
+    from rich.console import Console
+
+    from fathom.checkpoint.describe import describe
+
+    Console().print(describe(model, context or None))
+
+
+def main() -> None:
+    """Run the command line; what a user caused is one line and exit code 2."""
+    try:
+        app()
+    except FathomError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"fathom: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
