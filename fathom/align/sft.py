@@ -4,27 +4,30 @@ Only the assistant's tokens are learned; every assistant turn of a conversation 
 model will meet it when it is asked.
 """
 
+import copy
 import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
-from fathom.data.packing import PackedData
+from fathom.data.packing import Batch, PackedData
 from fathom.data.questions import make_pairs, to_messages
 from fathom.data.transforms import Example, masked_example, pack_examples
 from fathom.errors import DataError, RecipeError
 from fathom.evals.perplexity import bits_per_byte, token_byte_lengths
+from fathom.model.transformer import Transformer
 from fathom.optim.muon import AdamW, Muon, Optimizer
 from fathom.optim.schedules import Schedule
 from fathom.text import chat
 from fathom.text.tokenizer import Tokenizer
-from fathom.train.loop import Loop, Stage, run_stage
+from fathom.train.loop import Loop, Stage, run_stage, seconds_a_step
 from fathom.train.objective import LossWeights, objective
-from fathom.train.run_folder import check_same, continue_run, restored, start_run, stored_recipe
+from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
 
 HELD_OUT_QUESTIONS = 200
 VALIDATION_ROWS = 16
@@ -35,7 +38,8 @@ class Sft:
     """A fine-tuning run from `base`, a model or run folder, on conversations.
 
     `messages`: a JSONL file whose rows hold "messages" (OpenAI style) and optionally "thinking_mode"; `questions`: so many
-    generated questions with checked answers, a share of them with reasoning. At least one of the two.
+    generated questions with checked answers, a share of them with reasoning. At least one of the two. `minutes`: as in
+    pre-training.
     """
 
     run: str
@@ -44,6 +48,7 @@ class Sft:
     messages: str | None = None
     questions: int = 0
     thinking_share: float = 0.5
+    minutes: float | None = None
     seed: int = 0
     losses: LossWeights = field(default_factory=LossWeights)
     muon: Muon = field(default_factory=Muon)
@@ -53,6 +58,8 @@ class Sft:
     def __post_init__(self):
         if self.messages is None and self.questions < 1:
             raise RecipeError("there is nothing to learn: give messages, a JSONL file, or a number of questions")
+        if self.minutes is not None and self.minutes <= 0:
+            raise RecipeError(f"minutes is {self.minutes}; allowed: above 0")
         if not 0 <= self.thinking_share <= 1:
             raise RecipeError(f"thinking_share is {self.thinking_share}; allowed: from 0 to 1")
         if len(self.schedule.lengths) != 1:
@@ -63,7 +70,7 @@ def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console) -> Path:
     """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
     run, state = Path(recipe.run), None
     if resume:
-        check_same(run, stored_recipe(run, recipe), recipe)
+        recipe = resumed_recipe(run, recipe)
         model, state = continue_run(run)
         tokenizer = Tokenizer.load(run / "tokenizer")
     else:
@@ -72,24 +79,46 @@ def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console) -> Path:
         start_run(run, recipe)
         (run / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(run / "tokenizer")
-    train, held_out = (conversations(recipe, root, part) for part in (False, True))
-    length, rows = recipe.schedule.lengths[0], recipe.schedule.batch_rows_at
-    packed = _pack(train, tokenizer, length, recipe.seed)
-    validation = None
-    if held_out:
-        byte_lengths_V = token_byte_lengths(tokenizer, model.config.vocab_size)
-        batches = [_pack(held_out, tokenizer, length, 0).batch(0, VALIDATION_ROWS)]
-        validation = lambda: bits_per_byte(model, batches, byte_lengths_V)  # noqa: E731
-    console.print(f"{len(train):,} conversations in {packed.rows_in_epoch(0):,} rows of {length} tokens, "
-                  f"{packed.efficiency:.1%} full", soft_wrap=True)
-    schedule = recipe.schedule
-    stage = Stage(
-        batch=lambda step: packed.rows(schedule.first_row_at(step), rows(step)),
-        loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), "sparse"),
-        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, validate=validation)
+    data = _data(recipe, root, tokenizer, model.config.vocab_size)
+    console.print(f"{data.conversations:,} conversations in {data.train.rows_in_epoch(0):,} rows of "
+                  f"{data.train.sequence_length} tokens, {data.train.efficiency:.1%} full", soft_wrap=True)
+    if recipe.minutes and not resume:
+        trial = copy.deepcopy(model)
+        trial_optimizer = Optimizer(trial.named_parameters(), model.config, recipe.muon, recipe.adamw)
+        seconds = seconds_a_step(trial, trial_optimizer, _stage(recipe, trial, data), recipe.loop)
+        recipe = fit_minutes(recipe, seconds, console)
+        start_run(run, recipe)
     optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
-    run_stage(run, model, tokenizer, optimizer, stage, schedule.steps, state.step if state else 0, recipe.loop, console)
+    run_stage(run, model, tokenizer, optimizer, _stage(recipe, model, data), recipe.schedule.steps,
+              state.step if state else 0, recipe.loop, console)
     return run
+
+
+@dataclass(frozen=True)
+class SftData:
+    """Packed conversations, and a batch of held-out ones where there are any."""
+
+    conversations: int
+    train: PackedData
+    validation: list[Batch]
+    byte_lengths_V: Tensor
+
+
+def _data(recipe: Sft, root: Path, tokenizer: Tokenizer, vocab_size: int) -> SftData:
+    train, held_out = (conversations(recipe, root, part) for part in (False, True))
+    length = recipe.schedule.lengths[0]
+    validation = [_pack(held_out, tokenizer, length, 0).batch(0, VALIDATION_ROWS)] if held_out else []
+    return SftData(len(train), _pack(train, tokenizer, length, recipe.seed), validation,
+                   token_byte_lengths(tokenizer, vocab_size))
+
+
+def _stage(recipe: Sft, model: Transformer, data: SftData) -> Stage:
+    schedule = recipe.schedule
+    return Stage(
+        batch=lambda step: data.train.rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
+        loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), "sparse"),
+        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at,
+        validate=(lambda: bits_per_byte(model, data.validation, data.byte_lengths_V)) if data.validation else None)
 
 
 def conversations(recipe: Sft, root: Path, held_out: bool) -> list[tuple[list[dict], str]]:

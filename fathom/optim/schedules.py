@@ -4,7 +4,7 @@ Knows no optimiser and no data: a step is an int, so a resumed run sees what an 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fathom.errors import RecipeError
 
@@ -54,6 +54,15 @@ class Schedule:
         ):
             if not holds:
                 raise RecipeError(f"{name} is {getattr(self, name)}; allowed: {allowed}")
+
+    def scaled_to(self, steps: int) -> "Schedule":
+        """The same shape over another number of steps: every count of steps keeps its share."""
+        def share(count: int) -> int:
+            return int(count * steps / self.steps)
+
+        return replace(self, steps=steps, warmup_steps=share(self.warmup_steps), decay_steps=share(self.decay_steps),
+                       batch_ramp_steps=share(self.batch_ramp_steps), bias_rest_steps=share(self.bias_rest_steps),
+                       length_starts=tuple(share(start) for start in self.length_starts))
 
     def rate_at(self, step: int) -> float:
         """Learning rate: linear warm-up, constant, cosine decay that reaches `final_rate` at the last step."""

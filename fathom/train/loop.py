@@ -6,6 +6,7 @@ the weights and the optimiser, so a resumed run continues bit for bit.
 
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from fathom.optim.muon import Optimizer
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.objective import Losses, move_router_biases
 from fathom.train.tracking import Tracker, draw_curve
+
+TRIAL_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,16 @@ def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Op
             save(steps)
     draw_curve(run)
     model.eval()
+
+
+def seconds_a_step(model: Transformer, optimizer: Optimizer, stage: Stage, settings: Loop) -> float:
+    """Median time of a training step on this machine, the first one not counted. Spoils the model: hand in a copy."""
+    seconds = []
+    for step in range(TRIAL_STEPS):
+        began = time.monotonic()
+        _step(model, optimizer, stage, step, settings)
+        seconds.append(time.monotonic() - began)
+    return statistics.median(seconds[1:])
 
 
 def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop) -> dict[str, float]:

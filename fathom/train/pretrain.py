@@ -4,9 +4,6 @@ The recipe is this file's `Pretrain`; the steps are the loop's.
 """
 
 import copy
-import dataclasses
-import statistics
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,11 +22,10 @@ from fathom.model.transformer import Transformer
 from fathom.optim.muon import AdamW, Muon, Optimizer
 from fathom.optim.schedules import Schedule
 from fathom.text.tokenizer import Tokenizer
-from fathom.train.loop import Loop, Stage, run_stage
+from fathom.train.loop import Loop, Stage, run_stage, seconds_a_step
 from fathom.train.objective import LossWeights, objective
-from fathom.train.run_folder import check_same, continue_run, restored, start_run, stored_recipe
+from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
 
-TRIAL_STEPS = 5  # timed to turn minutes into steps; the first, slower one is not counted
 VALIDATION_ROWS = 8  # rows a batch
 
 
@@ -92,7 +88,7 @@ def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Pa
     config = _config(recipe.model, root)
     state = None
     if resume:
-        recipe = _resumed(run, recipe)
+        recipe = resumed_recipe(run, recipe)
         model, state = continue_run(run)
         config = model.config
         corpus = Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part, verify=True)
@@ -105,7 +101,10 @@ def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Pa
     optimizer = restored(Optimizer(model.named_parameters(), config, recipe.muon, recipe.adamw), state)
     _describe(recipe, config, corpus, console)
     if recipe.minutes and not resume:
-        recipe = _with_steps_for_minutes(recipe, model, corpus, console)
+        trial = copy.deepcopy(model)
+        trial_optimizer = Optimizer(trial.named_parameters(), config, recipe.muon, recipe.adamw)
+        seconds = seconds_a_step(trial, trial_optimizer, _stage(recipe, trial, corpus), recipe.loop)
+        recipe = fit_minutes(recipe, seconds, console)
         start_run(run, recipe)
     stage = _stage(recipe, model, corpus)
     run_stage(run, model, corpus.tokenizer, optimizer, stage, recipe.schedule.steps, state.step if state else 0,
@@ -137,14 +136,6 @@ def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus) -> Stage:
 
 def _config(model: str, root: Path) -> ModelConfig:
     return ModelConfig.preset(model) if model in PRESETS else ModelConfig.load(root / model)
-
-
-def _resumed(run: Path, given: Pretrain) -> Pretrain:
-    stored = stored_recipe(run, given)
-    if given.minutes:
-        given = dataclasses.replace(given, schedule=stored.schedule)
-    check_same(run, stored, given)
-    return stored
 
 
 def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> Corpus:
@@ -184,24 +175,3 @@ def _describe(recipe: Pretrain, config: ModelConfig, corpus: Corpus, console: Co
                       f"{store.manifest['documents']:,} documents", soft_wrap=True)
     console.print(f"model {recipe.model}: {counts.total / 1e6:.2f}M parameters, {counts.activated / 1e6:.2f}M activated "
                   f"(and {counts.mtp / 1e6:.2f}M for MTP)", soft_wrap=True)
-
-
-def _with_steps_for_minutes(recipe: Pretrain, model: Transformer, corpus: Corpus, console: Console) -> Pretrain:
-    """The recipe with as many steps as fit into its minutes, timed on a copy of the model."""
-    trial = copy.deepcopy(model)
-    optimizer = Optimizer(trial.named_parameters(), trial.config, recipe.muon, recipe.adamw)
-    stage, seconds = _stage(recipe, trial, corpus), []
-    for step in range(TRIAL_STEPS):
-        began = time.monotonic()
-        optimizer.zero_grad()
-        stage.loss(stage.batch(step), step).total.backward()
-        torch.nn.utils.clip_grad_norm_(trial.parameters(), recipe.loop.clip_norm)
-        optimizer.step(0.0)
-        seconds.append(time.monotonic() - began)
-    old = recipe.schedule
-    steps = max(10, round(recipe.minutes * 60 / statistics.median(seconds[1:])))
-    console.print(f"{statistics.median(seconds[1:]):.2f} s a step: {steps} steps in {recipe.minutes:g} minutes",
-                  soft_wrap=True)
-    scaled = dataclasses.replace(old, steps=steps, decay_steps=int(old.decay_steps * steps / old.steps),
-                                 warmup_steps=int(old.warmup_steps * steps / old.steps))
-    return dataclasses.replace(recipe, schedule=scaled)

@@ -1,5 +1,6 @@
 """The folder of a run: its resolved recipe, the environment it ran in, and whether it starts or continues."""
 
+import dataclasses
 import json
 import platform
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 
 from fathom import recipe as recipes
 from fathom.checkpoint.training import TrainingState, list_checkpoints, load_checkpoint
@@ -17,6 +19,7 @@ from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
 
 RECIPE = "recipe.toml"
+MIN_STEPS = 10
 Recipe = TypeVar("Recipe")
 
 
@@ -31,20 +34,28 @@ def start_run(run: Path, recipe: Any) -> None:
     write_text(run / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def stored_recipe(run: Path, recipe: Recipe) -> Recipe:
-    """The recipe that the run to resume was started with, which is the one that continues it."""
+def fit_minutes(recipe: Recipe, seconds: float, console: Console) -> Recipe:
+    """The recipe with as many steps as fit into its minutes at `seconds` a step; warm-up and decay keep their shares."""
+    steps = max(MIN_STEPS, round(recipe.minutes * 60 / seconds))
+    console.print(f"{seconds:.2f} s a step: {steps} steps in {recipe.minutes:g} minutes", soft_wrap=True)
+    return dataclasses.replace(recipe, schedule=recipe.schedule.scaled_to(steps))
+
+
+def resumed_recipe(run: Path, given: Recipe) -> Recipe:
+    """The recipe that `run` was started with. RecipeError where there is no run, or where `given` differs from it:
+    another recipe would bend the curve. Steps that were measured from minutes are the run's own.
+    """
     if not (run / RECIPE).is_file():
         raise RecipeError(f"{run} holds no run to resume; leave --resume out to start one")
-    return recipes.load(type(recipe), run / RECIPE)
-
-
-def check_same(run: Path, stored: Any, given: Any) -> None:
-    """RecipeError naming the first line in which the given recipe differs: another recipe would bend the curve."""
-    old, new = recipes.dump(stored).splitlines(), recipes.dump(given).splitlines()
-    for line in new:
+    stored = recipes.load(type(given), run / RECIPE)
+    if given.minutes:
+        given = dataclasses.replace(given, schedule=stored.schedule)
+    old = recipes.dump(stored).splitlines()
+    for line in recipes.dump(given).splitlines():
         if line not in old:
             raise RecipeError(f"{run} was started with another recipe (now: {line}); resume it unchanged, or start "
                               "another run with --set run=...")
+    return stored
 
 
 def continue_run(run: Path) -> tuple[Transformer, TrainingState]:
