@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. Imports lazily, so that `fathom --help` is instant."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -110,6 +111,9 @@ def info(model: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A mod
 
 def main() -> None:
     """Run the command line; what a user caused is one line and exit code 2."""
+    # Threads that wait for each other should soon sleep: beside another busy program, the default spinning made
+    # training 20 times slower here; alone, it made no difference. Read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         app()
     except FathomError as error:

@@ -26,9 +26,10 @@ def routed_experts(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW:
     sizes = expert_NK.flatten().bincount(minlength=gate_EFW.shape[0]).tolist()
     x_PW, weight_P1 = x_NW.index_select(0, order_P // K), weight_NK.flatten()[order_P, None]
     outputs = []
-    for expert, (x_nW, weight_n1) in enumerate(zip(x_PW.split(sizes), weight_P1.split(sizes), strict=True)):
+    for x_nW, weight_n1, gate_FW, up_FW, down_WF in zip(
+            x_PW.split(sizes), weight_P1.split(sizes), gate_EFW.unbind(), up_EFW.unbind(), down_EWF.unbind(), strict=True):
         if len(x_nW):
-            hidden_nF = clamped_swiglu(F.linear(x_nW, gate_EFW[expert]), F.linear(x_nW, up_EFW[expert]), limit)
-            outputs.append(wide(F.linear((hidden_nF * weight_n1).to(x_nW.dtype), down_EWF[expert])))
+            hidden_nF = clamped_swiglu(F.linear(x_nW, gate_FW), F.linear(x_nW, up_FW), limit)
+            outputs.append(wide(F.linear((hidden_nF * weight_n1).to(x_nW.dtype), down_WF)))
     back_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(N * K, device=order_P.device))
     return torch.cat(outputs).index_select(0, back_P).unflatten(0, (N, K)).sum(1)
