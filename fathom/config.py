@@ -262,10 +262,10 @@ _RELEASED_FORMAT = {"expert_dtype": "fp4", "quantization_config": dataclasses.as
 PRESETS: dict[str, dict[str, Any]] = {
     # About 3M parameters: learns in minutes on two CPU cores.
     "tiny": dict(
-        vocab_size=4096, hidden_size=160, num_hidden_layers=6, num_attention_heads=4, head_dim=64,
+        vocab_size=4096, hidden_size=192, num_hidden_layers=4, num_attention_heads=4, head_dim=64,
         qk_rope_head_dim=16, q_lora_rank=64, o_groups=2, o_lora_rank=64, n_routed_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=64, index_n_heads=4, index_head_dim=32, index_topk=32, num_hash_layers=1,
-        sliding_window=64, compress_ratios=[0, 4, 128, 4, 128, 4, 0], max_position_embeddings=65536,
+        sliding_window=64, compress_ratios=[0, 4, 128, 4, 0], max_position_embeddings=65536,
         rope_scaling=None, torch_dtype="float32"),
     # About 100M parameters, 20M of them activated: one GPU.
     "nano": dict(

@@ -1,5 +1,6 @@
 """The operators: everything heavy that the layers above may call, each a definition behind dispatch."""
 
+import fathom.ops.cpu.attention
 import fathom.ops.cpu.losses
 import fathom.ops.cpu.streams
 from fathom.ops.attention import (
