@@ -13,10 +13,12 @@ app = typer.Typer(name="fathom", help="The open, complete DeepSeek-V4 system: tr
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None)
 
-SetOption = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe field, such as schedule.steps=100. Repeatable.")]
+SetOption = Annotated[Optional[list[str]], typer.Option(
+    "--set", metavar="KEY=VALUE", help="Change a recipe field, such as schedule.steps=100. Repeatable.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")]
-ModelArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A model folder, or a run (its newest checkpoint).")]
+ModelArgument = Annotated[Path, typer.Argument(
+    metavar="PATH", help="A model folder, or a run (its newest checkpoint).")]
 SeedOption = Annotated[Optional[int], typer.Option(help="Same seed, same text.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 TopPOption = Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this share.")]
@@ -99,7 +101,8 @@ def evaluate(path: ModelArgument,
 
 
 @app.command(epilog="Example:  fathom info flash   or   fathom info runs/tiny")
-def info(model: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A model folder, a run, or tiny, nano, flash, pro.")],
+def info(model: Annotated[str, typer.Argument(metavar="PATH|PRESET",
+                                              help="A model folder, a run, or tiny, nano, flash, pro.")],
          context: Annotated[int, typer.Option(help="Context length for the cost of one token.")] = 0) -> None:
     """Describe a model: parameters, layer schedule, cache bytes and FLOPs per token."""
     from rich.console import Console

@@ -9,7 +9,7 @@ import difflib
 import json
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,18 +58,18 @@ class ModelConfig:
     num_hidden_layers: int
     num_attention_heads: int
     head_dim: int
-    qk_rope_head_dim: int
     q_lora_rank: int
     o_groups: int
     o_lora_rank: int
     n_routed_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
     compress_ratios: tuple[int, ...]
 
+    qk_rope_head_dim: int = 64
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 512
     routed_scaling_factor: float = 1.5
     num_hash_layers: int = 3
     sliding_window: int = 128
@@ -79,7 +79,7 @@ class ModelConfig:
     swiglu_limit: float = 10.0
     rope_theta: float = 10000
     compress_rope_theta: float = 160000
-    rope_scaling: RopeScaling | None = field(default_factory=RopeScaling)
+    rope_scaling: RopeScaling | None = None
     num_nextn_predict_layers: int = 1
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -257,12 +257,12 @@ _RULES: list[tuple[str, str, Any]] = [
     _exactly("model_type", "deepseek_v4"),
 ]
 
-_RELEASED_FORMAT = {"expert_dtype": "fp4", "quantization_config": dataclasses.asdict(QuantizationConfig())}
+_RELEASED = {"rope_scaling": dataclasses.asdict(RopeScaling()), "expert_dtype": "fp4", "quantization_config": dataclasses.asdict(QuantizationConfig())}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # About 3M parameters: learns in minutes on two CPU cores.
     "tiny": dict(
-        vocab_size=4096, hidden_size=192, num_hidden_layers=4, num_attention_heads=4, head_dim=64,
+        vocab_size=4096, hidden_size=160, num_hidden_layers=4, num_attention_heads=4, head_dim=64,
         qk_rope_head_dim=16, q_lora_rank=64, o_groups=2, o_lora_rank=64, n_routed_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=64, index_n_heads=4, index_head_dim=32, index_topk=32, num_hash_layers=1,
         sliding_window=64, compress_ratios=[0, 4, 128, 4, 0], max_position_embeddings=65536,
@@ -278,10 +278,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         vocab_size=129280, hidden_size=4096, num_hidden_layers=43, num_attention_heads=64, head_dim=512,
         qk_rope_head_dim=64, q_lora_rank=1024, o_groups=8, o_lora_rank=1024, n_routed_experts=256,
         num_experts_per_tok=6, moe_intermediate_size=2048, index_n_heads=64, index_head_dim=128, index_topk=512,
-        routed_scaling_factor=1.5, compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0], **_RELEASED_FORMAT),
+        routed_scaling_factor=1.5, compress_ratios=[0, 0] + [4, 128] * 20 + [4, 0], **_RELEASED),
     "pro": dict(
         vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, head_dim=512,
         qk_rope_head_dim=64, q_lora_rank=1536, o_groups=16, o_lora_rank=1024, n_routed_experts=384,
         num_experts_per_tok=6, moe_intermediate_size=3072, index_n_heads=64, index_head_dim=128, index_topk=1024,
-        routed_scaling_factor=2.5, compress_ratios=[128, 128] + [4, 128] * 29 + [4, 0], **_RELEASED_FORMAT),
+        routed_scaling_factor=2.5, compress_ratios=[128, 128] + [4, 128] * 29 + [4, 0], **_RELEASED),
 }

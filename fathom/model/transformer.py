@@ -50,17 +50,18 @@ class Transformer(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, wide=True)
         self.mtp = nn.ModuleList(MTPBlock(config, depth) for depth in range(config.num_nextn_predict_layers))
 
-    def forward(self, token_BS: Tensor, *, position_BS: Tensor | None = None, cache: Cache | None = None,
+    def forward(self, input_ids: Tensor, *, position_BS: Tensor | None = None, cache: Cache | None = None,
                 count_B: Tensor | None = None, last_only: bool = False) -> Output:
         """Logits [B, S, V] for token ids [B, S].
 
-        `position_BS` restarts at 0 where a packed document starts. `cache` continues the rows it holds, without gradients; row b
-        then has count_B[b] new tokens (all S by default), the rest is padding. `last_only`: logits [B, 1, V] of each
-        row's last new token. Raises InputError for ids outside the vocabulary, empty input and rows that get too long.
+        `position_BS` restarts at 0 where a packed document starts. `cache` continues the rows it holds, without
+        gradients; row b then has count_B[b] new tokens (all S by default), the rest is padding. `last_only`: logits
+        [B, 1, V] of each row's last new token. Raises InputError for ids outside the vocabulary, empty input and rows
+        that get too long.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            layout = self._layout(token_BS, position_BS, cache, count_B)
-            X_BSNW, _ = self._trunk(token_BS, layout, cache, None)
+            layout = self._layout(input_ids, position_BS, cache, count_B)
+            X_BSNW, _ = self._trunk(input_ids, layout, cache, None)
             if cache is not None:
                 cache.advance(layout.count_B)
             if last_only:
@@ -68,20 +69,20 @@ class Transformer(nn.Module):
                 X_BSNW = X_BSNW[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
             return Output(self.head(self.norm(self.collapse(X_BSNW))))
 
-    def mtp_logits(self, token_BS: Tensor, position_BS: Tensor | None = None) -> Tensor:
+    def mtp_logits(self, input_ids: Tensor, position_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S - 1, V] of the first MTP block: position t sees token t + 1 and predicts token t + 2."""
         if not self.mtp:
             raise InputError("this model has no MTP block (num_nextn_predict_layers is 0)")
-        if token_BS.shape[1] < 2:
+        layout = self._layout(input_ids, position_BS, None, None)
+        if input_ids.shape[1] < 2:
             raise InputError("MTP logits need at least 2 tokens")
-        layout = self._layout(token_BS, position_BS, None, None)
-        X_BSNW, _ = self._trunk(token_BS, layout, None, None)
-        next_BS = token_BS[:, 1:]
+        X_BSNW, _ = self._trunk(input_ids, layout, None, None)
+        next_BS = input_ids[:, 1:]
         layout = Layout(self.config, layout.position_BS[:, :-1], layout.count_B - 1, None)
         return self.head(self.mtp[0].predict(X_BSNW[:, :-1], self.embed(next_BS), next_BS, layout, None)[0])
 
     def features(self, token_BS: Tensor, position_BS: Tensor, next_tokens: list[Tensor], phase: Phase) -> Features:
-        """A training forward. `next_tokens` holds, for each MTP depth in use, the ids [B, S] that it sees beside the streams."""
+        """A training forward. `next_tokens`: for each MTP depth in use, the ids [B, S] that it sees beside the streams."""
         layout = self._layout(token_BS, position_BS, None, None)
         X_BSNW, observations = self._trunk(token_BS, layout, None, phase)
         hidden_BSW, mtp_hidden = self.norm(self.collapse(X_BSNW)), []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fathom.errors import InputError
 from tests.models import random_model, random_tokens, small_config
 
 CONFIG = small_config([0, 4, 128, 3], sliding_window=24, index_topk=6)
@@ -87,3 +88,13 @@ def test_mtp_position_t_sees_the_next_token_and_no_later_one(model):
     assert before.shape == (1, 39, CONFIG.vocab_size)
     torch.testing.assert_close(before[:, :19], after[:, :19], atol=1e-12, rtol=0)
     assert (before[:, 19] - after[:, 19]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("tokens", "words"), [
+    ([[1, 300]], "token id 300 is outside the vocabulary of 300 ids"), ([[-1, 2]], "token id -1 is outside"),
+    ([[]], "non-empty"), ([1, 2], r"\[batch, tokens\] tensor, not \[2\]")])
+def test_unusable_token_ids_are_one_clear_line(model, tokens, words):
+    tokens = torch.tensor(tokens, dtype=torch.int64)
+    for call in (model, model.mtp_logits):
+        with pytest.raises(InputError, match=words):
+            call(tokens)
