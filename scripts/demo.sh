@@ -12,7 +12,7 @@ fathom info tiny
 # shellcheck disable=SC2046
 fathom train recipes/tiny.toml $(resume runs/tiny)
 
-step "2/5  It learns to answer in the chat format (about 1.5 minutes)"
+step "2/5  It learns to answer in the chat format (about 2.5 minutes)"
 # shellcheck disable=SC2046
 fathom sft recipes/tiny-chat.toml $(resume runs/tiny-chat)
 

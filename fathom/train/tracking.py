@@ -113,7 +113,7 @@ def draw_curve(run: Path) -> Path | None:
     return run / CURVE
 
 
-def _smoothed(values: tuple[float, ...], keep: float = 0.95) -> list[float]:
+def _smoothed(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
     """Exponential average, corrected for its start."""
     out, mean, weight = [], 0.0, 0.0
     for value in values:
