@@ -42,7 +42,7 @@ def test_mtp_loss_predicts_the_token_after_the_next_one_inside_its_document(mode
         document = tokens[begin:begin + length + 1]
         log_probability = model.mtp_logits(document[None])[0].log_softmax(-1)
         for t in range(length - 1):
-            nll -= float(log_probability[t, document[t + 2]])
+            nll -= log_probability[t, document[t + 2]].item()
             count += 1
     assert losses.parts["mtp_loss"] == pytest.approx(nll / count, abs=1e-5)
 
