@@ -13,7 +13,7 @@ from fathom.evals.baselines import gzip_bits_per_byte, lzma_bits_per_byte, ngram
 from fathom.evals.perplexity import bits_per_byte, token_byte_lengths
 from fathom.text.tokenizer import Tokenizer
 
-ORDERS = (1, 2, 3, 5)
+ORDERS = (1, 3, 5, 7)
 ROWS = 8
 
 
