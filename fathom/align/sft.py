@@ -4,7 +4,6 @@ Only the assistant's tokens are learned; every assistant turn of a conversation 
 model will meet it when it is asked.
 """
 
-import copy
 import json
 import random
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from fathom.optim.muon import AdamW, Muon, Optimizer
 from fathom.optim.schedules import Schedule
 from fathom.text import chat
 from fathom.text.tokenizer import Tokenizer
-from fathom.train.loop import Loop, Stage, run_stage, seconds_a_step
+from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import LossWeights, objective
 from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
 
@@ -83,11 +82,7 @@ def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console) -> Path:
     console.print(f"{data.conversations:,} conversations in {data.train.rows_in_epoch(0):,} rows of "
                   f"{data.train.sequence_length} tokens, {data.train.efficiency:.1%} full", soft_wrap=True)
     if recipe.minutes and not resume:
-        trial = copy.deepcopy(model)
-        trial_optimizer = Optimizer(trial.named_parameters(), model.config, recipe.muon, recipe.adamw)
-        seconds = seconds_a_step(trial, trial_optimizer, _stage(recipe, trial, data), recipe.loop)
-        recipe = fit_minutes(recipe, seconds, console)
-        start_run(run, recipe)
+        recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, data), console)
     optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
     run_stage(run, model, tokenizer, optimizer, _stage(recipe, model, data), recipe.schedule.steps,
               state.step if state else 0, recipe.loop, console)

@@ -5,16 +5,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fathom.data.packing import PackedData
 from fathom.data.store import TokenStore
 from fathom.engine.engine import Engine
 from fathom.errors import DataError
 from fathom.evals.baselines import gzip_bits_per_byte, lzma_bits_per_byte, ngram_bits_per_byte
-from fathom.evals.perplexity import bits_per_byte, token_byte_lengths
+from fathom.evals.perplexity import bits_per_byte, held_out_batches, token_byte_lengths
 from fathom.text.tokenizer import Tokenizer
 
 ORDERS = (1, 3, 5, 7)
-ROWS = 8
 
 
 def compare(path: Path, sequence_length: int, console: Console) -> dict[str, float]:
@@ -26,10 +24,8 @@ def compare(path: Path, sequence_length: int, console: Console) -> dict[str, flo
         raise DataError(f"{path} has no data/held_out; eval takes the folder of a pre-training run")
     engine = Engine.load(path)
     train, held_out = (TokenStore.open(path / "data" / part) for part in ("train", "held_out"))
-    rows = PackedData(held_out, sequence_length, 0, engine.tokenizer.pad_id)
-    count = rows.rows_in_epoch(0)
     console.print(f"reading {held_out.manifest['bytes'] / 1e6:.2f} MB of held-out text with the model", soft_wrap=True)
-    batches = (rows.rows(first, min(ROWS, count - first)) for first in range(0, count, ROWS))
+    batches = held_out_batches(held_out, sequence_length, engine.tokenizer.pad_id)
     lengths_V = token_byte_lengths(engine.tokenizer, engine.model.config.vocab_size)
     scores = {"this model": bits_per_byte(engine.model, batches, lengths_V)}
     console.print("and with the baselines", soft_wrap=True)

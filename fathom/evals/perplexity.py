@@ -1,15 +1,18 @@
 """Bits per byte of held-out text: comparable across tokenizers and with compressors."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fathom import ops
-from fathom.data.packing import Batch
+from fathom.data.packing import Batch, PackedData
+from fathom.data.store import TokenStore
 from fathom.model.transformer import Transformer
 from fathom.text.tokenizer import Tokenizer
+
+ROWS = 8  # of a batch
 
 
 def token_byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
@@ -19,19 +22,22 @@ def token_byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
                          for token in range(vocab_size)])
 
 
-@torch.no_grad()
-def bits_per_byte(model: Transformer, batches: Iterable[Batch], byte_lengths_V: Tensor,
-                  progress: Callable[[int], None] | None = None) -> float:
-    """Total negative log2-likelihood of all targets over the bytes they stand for.
+def held_out_batches(store: TokenStore, sequence_length: int, pad_id: int, limit_tokens: int | None = None) -> list[Batch]:
+    """The held-out documents as batches in a fixed order: the first `limit_tokens` tokens, or all."""
+    packed = PackedData(store, sequence_length, 0, pad_id)
+    rows = packed.rows_in_epoch(0)
+    if limit_tokens is not None:
+        rows = min(rows, -(-limit_tokens // sequence_length))
+    return [packed.rows(first, min(ROWS, rows - first)) for first in range(0, rows, ROWS)]
 
-    `progress` is called with the number of batches done.
-    """
+
+@torch.no_grad()
+def bits_per_byte(model: Transformer, batches: Iterable[Batch], byte_lengths_V: Tensor) -> float:
+    """Total negative log2-likelihood of all targets over the bytes they stand for."""
     nats, size = 0.0, 0
-    for done, batch in enumerate(batches, 1):
+    for batch in batches:
         features = model.features(batch.tokens_BS, batch.positions_BS, [], None)
         target_N = batch.targets_BS.flatten()
         nats += float(ops.cross_entropy(features.hidden_BSW.flatten(0, 1), model.head.weight, target_N))
         size += int(byte_lengths_V[target_N[target_N != ops.IGNORE]].sum())
-        if progress:
-            progress(done)
     return nats / math.log(2) / max(size, 1)

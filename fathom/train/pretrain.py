@@ -3,7 +3,6 @@
 The recipe is this file's `Pretrain`; the steps are the loop's.
 """
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,19 +13,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fathom.accounting import parameters
 from fathom.config import PRESETS, ModelConfig
 from fathom.data.corpora import read_documents, split_held_out
-from fathom.data.packing import Batch, PackedData
+from fathom.data.packing import PackedData
 from fathom.data.store import TokenStore, build_store
 from fathom.errors import RecipeError
-from fathom.evals.perplexity import bits_per_byte, token_byte_lengths
+from fathom.evals.perplexity import bits_per_byte, held_out_batches, token_byte_lengths
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import AdamW, Muon, Optimizer
 from fathom.optim.schedules import Schedule
 from fathom.text.tokenizer import Tokenizer
-from fathom.train.loop import Loop, Stage, run_stage, seconds_a_step
+from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import LossWeights, objective
 from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
-
-VALIDATION_ROWS = 8  # rows a batch
 
 
 @dataclass(frozen=True)
@@ -101,24 +98,11 @@ def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Pa
     optimizer = restored(Optimizer(model.named_parameters(), config, recipe.muon, recipe.adamw), state)
     _describe(recipe, config, corpus, console)
     if recipe.minutes and not resume:
-        trial = copy.deepcopy(model)
-        trial_optimizer = Optimizer(trial.named_parameters(), config, recipe.muon, recipe.adamw)
-        seconds = seconds_a_step(trial, trial_optimizer, _stage(recipe, trial, corpus), recipe.loop)
-        recipe = fit_minutes(recipe, seconds, console)
-        start_run(run, recipe)
+        recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, corpus), console)
     stage = _stage(recipe, model, corpus)
     run_stage(run, model, corpus.tokenizer, optimizer, stage, recipe.schedule.steps, state.step if state else 0,
               recipe.loop, console)
     return run
-
-
-def held_out_batches(store: TokenStore, sequence_length: int, pad_id: int, limit_tokens: int | None = None) -> list[Batch]:
-    """The held-out documents as batches in a fixed order, the first `limit_tokens` tokens or all."""
-    packed = PackedData(store, sequence_length, 0, pad_id)
-    rows = packed.rows_in_epoch(0)
-    if limit_tokens is not None:
-        rows = min(rows, -(-limit_tokens // sequence_length))
-    return [packed.rows(first, min(VALIDATION_ROWS, rows - first)) for first in range(0, rows, VALIDATION_ROWS)]
 
 
 def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus) -> Stage:

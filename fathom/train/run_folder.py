@@ -1,9 +1,11 @@
 """The folder of a run: its resolved recipe, the environment it ran in, and whether it starts or continues."""
 
+import copy
 import dataclasses
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from fathom.errors import CheckpointError, RecipeError
 from fathom.files import write_text
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
+from fathom.train.loop import Stage, seconds_a_step
 
 RECIPE = "recipe.toml"
 MIN_STEPS = 10
@@ -34,11 +37,19 @@ def start_run(run: Path, recipe: Any) -> None:
     write_text(run / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def fit_minutes(recipe: Recipe, seconds: float, console: Console) -> Recipe:
-    """The recipe with as many steps as fit into its minutes at `seconds` a step; warm-up and decay keep their shares."""
+def fit_minutes(recipe: Recipe, model: Transformer, stage_of: Callable[[Transformer], Stage],
+                console: Console) -> Recipe:
+    """The recipe with as many steps as this machine does in its minutes, timed on a copy of the model and stored with
+    the run; warm-up and decay keep their shares.
+    """
+    trial = copy.deepcopy(model)
+    optimizer = Optimizer(trial.named_parameters(), trial.config, recipe.muon, recipe.adamw)
+    seconds = seconds_a_step(trial, optimizer, stage_of(trial), recipe.loop)
     steps = max(MIN_STEPS, round(recipe.minutes * 60 / seconds))
     console.print(f"{seconds:.2f} s a step: {steps} steps in {recipe.minutes:g} minutes", soft_wrap=True)
-    return dataclasses.replace(recipe, schedule=recipe.schedule.scaled_to(steps))
+    recipe = dataclasses.replace(recipe, schedule=recipe.schedule.scaled_to(steps))
+    write_text(Path(recipe.run) / RECIPE, recipes.dump(recipe))
+    return recipe
 
 
 def resumed_recipe(run: Path, given: Recipe) -> Recipe:

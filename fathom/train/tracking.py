@@ -108,8 +108,12 @@ def draw_curve(run: Path) -> Path | None:
         right.set_ylabel("validation, bits per byte")
         axis.plot([], [], color="#c2571a", marker="o", markersize=4, label="validation (right axis)")
     axis.legend(frameon=False)
-    figure.savefig(run / CURVE)
-    pyplot.close(figure)
+    try:
+        figure.savefig(run / CURVE)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {run / CURVE}: {error.strerror or error}") from error
+    finally:
+        pyplot.close(figure)
     return run / CURVE
 
 
