@@ -80,8 +80,8 @@ def released_cache_bytes(config: ModelConfig) -> CacheBytes:
     channels); per key half a byte a channel and one scale byte per 32 (68 for 128). The tails are left out, as in the report.
     """
     plain = config.head_dim - config.qk_rope_head_dim
-    entry = plain + -(-(plain // 64) // 8) * 8 + 2 * config.qk_rope_head_dim
-    key = config.index_head_dim / 2 + config.index_head_dim / 32
+    entry = plain + -(-plain // 64 // 8) * 8 + 2 * config.qk_rope_head_dim
+    key = -(-config.index_head_dim // 2) + -(-config.index_head_dim // 32)
     growth = sum((entry + (key if config.kind(layer) == "csa" else 0)) / config.ratio(layer)
                  for layer in range(config.num_hidden_layers) if config.kind(layer) != "window")
     return CacheBytes(growth, config.num_hidden_layers * config.sliding_window * entry)

@@ -1,171 +1,176 @@
-"""The released checkpoint layout: config.json beside safetensors files with DeepSeek's tensor names.
+"""Models <-> folders in the released layout: config.json beside safetensors files with DeepSeek's tensor names.
 
-The only place that knows those names. Tensors are read one at a time into a model allocated once, and written shard
-by shard into a folder that appears only when it is complete.
+Tensors are read one at a time into a model allocated once, and written shard by shard into a folder that appears only when it is
+complete. FP8 and FP4 weights are dequantised on the way, or kept as they are.
 """
 
+import dataclasses
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from fathom.checkpoint.layouts import (
+    FLOAT32,
+    Layout,
+    Stored,
+    config_for,
+    encode,
+    packed_shapes,
+    stored_parts,
+    use_rounding,
+)
+from fathom.checkpoint.names import Place, places, released_name, scale_of
+from fathom.checkpoint.shards import plan_shards, shard_names, write_index, write_shard
+from fathom.checkpoint.weights import Weights
 from fathom.config import ModelConfig
 from fathom.errors import CheckpointError
 from fathom.files import new_folder
+from fathom.model.layers import Linear
+from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
+from fathom.quant.formats import E4M3, E8M0, Packed, dequantise
+from fathom.quant.rounding import ReleasedRounding
 
-# Ours -> released, applied in order; an expert stack [E, ...] becomes one tensor an expert.
-_RENAMES = [(re.compile(ours), released) for ours, released in [
-    (r"^blocks\.", "layers."),
-    (r"\battention_norm\b", "attn_norm"), (r"\bmoe_norm\b", "ffn_norm"),
-    (r"\battention_streams\.", "hc_attn_"), (r"\bmoe_streams\.", "hc_ffn_"), (r"\bcollapse\.", "hc_head_"),
-    (r"\battention\.", "attn."), (r"\bmoe\.", "ffn."),
-    (r"\bquery_down\b", "wq_a"), (r"\bquery_norm\b", "q_norm"), (r"\bquery_up\b", "wq_b"),
-    (r"\bkey_value\b", "wkv"), (r"\bkey_value_norm\b", "kv_norm"),
-    (r"\boutput_down\b", "wo_a"), (r"\boutput_up\b", "wo_b"), (r"\bsink$", "attn_sink"),
-    (r"\bcompressor\.value\b", "compressor.wkv"), (r"\bcompressor\.gate\b", "compressor.wgate"),
-    (r"\bposition_bias$", "ape"), (r"\bhead_weights\b", "weights_proj"),
-    (r"\brouter\.weight$", "gate.weight"), (r"\brouter\.bias$", "gate.bias"), (r"\brouter\.table$", "gate.tid2eid"),
-    (r"\bshared\.gate\b", "shared_experts.w1"), (r"\bshared\.up\b", "shared_experts.w3"),
-    (r"\bshared\.down\b", "shared_experts.w2"),
-    (r"\bexperts\.gate$", "experts.*.w1.weight"), (r"\bexperts\.up$", "experts.*.w3.weight"),
-    (r"\bexperts\.down$", "experts.*.w2.weight"),
-    (r"\bembed_proj\b", "e_proj"), (r"\bhidden_proj\b", "h_proj"),
-    (r"\bembed_norm\b", "enorm"), (r"\bhidden_norm\b", "hnorm"),
-]]
-# Kept in float32 or wider whatever the model's dtype, as released.
-_FLOAT32 = re.compile(r"(hc_\w+|ape|attn_sink|gate\.bias)$")
-_SHARD_BYTES = 4 << 30
+SHARD_BYTES = 2 << 30
+_PACKED_DTYPES = (E4M3, E8M0, torch.int8)
 
 
-class _Place(NamedTuple):
-    """Where a released tensor lies in the model: a parameter or buffer, whole or one expert's slice."""
-
-    tensor: Tensor
-    expert: int | None
-
-    @property
-    def view(self) -> Tensor:
-        return self.tensor if self.expert is None else self.tensor[self.expert]
-
-
-def released_name(name: str) -> str:
-    """The released name of one of our parameters or buffers; `*` stands for the expert's number."""
-    for ours, released in _RENAMES:
-        name = ours.sub(released, name)
-    return name
-
-
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Transformer:
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *,
+               packed: bool = False, simulate_quantization: bool = False,
+               progress: Callable[[int, int], None] | None = None) -> Transformer:
     """Read a folder in the released layout (config.json + *.safetensors) into a model in eval mode.
 
-    Weights are cast to `dtype`; hyper-connections, sinks, position biases and router biases stay float32. Raises ConfigError
-    or CheckpointError; the latter names every missing, unexpected and misshapen tensor.
+    Weights are cast to `dtype`; hyper-connections, sinks, position biases and router biases stay float32. FP8 and FP4 weights are
+    dequantised, exactly in float32 and bfloat16; with `packed` they stay as stored and are dequantised where they are used, and
+    `dtype` is that of everything else. `simulate_quantization` rounds as the released inference code does: keys, entries, the
+    indexer's vectors, and the inputs of products whose weights are stored in FP8 or FP4. `progress` gets tensors read and their
+    number. Raises ConfigError or CheckpointError; the latter names every missing, unexpected and misshapen tensor.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder with config.json and *.safetensors")
-    config = ModelConfig.load(path)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path} holds no *.safetensors file")
+    weights = Weights(path)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(weights.config)
+        for depth in weights.own_mtp_ends & set(range(len(model.mtp))):
+            model.mtp[depth].own_ends(weights.config)
+    weights.check(places(model))
+    weights.shards.verify()
+    if packed:
+        _keep_packed(model, weights)
     _allocate(model, dtype, device)
-    places = _places(model)
-    _check_names(path, files, places)
-    for file in files:
-        for name, tensor in _tensors(file):
-            places[name].view.copy_(tensor)
-    return model.eval().requires_grad_(True)
+    found = places(model)
+    for done, name in enumerate(weights.names, 1):
+        _fill(found, name, weights)
+        if progress:
+            progress(done, len(weights.names))
+    if simulate_quantization:
+        use_rounding(model, ReleasedRounding(weights.config.qk_rope_head_dim), weights.quantised)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dtype not in _PACKED_DTYPES)
+    return model.eval()
 
 
-def save_model(model: Transformer, path: str | Path, shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write config.json and the weights, in their own dtypes, in the released layout; all or nothing.
+def save_model(model: Transformer, path: str | Path, shard_bytes: int = SHARD_BYTES, layout: Layout | None = None) -> None:
+    """Write config.json and the weights in the released layout; all or nothing.
 
-    One file `model.safetensors`, or shards with an index where the weights exceed `shard_bytes`.
+    Weights keep their own dtypes, packed ones their codes, unless a `layout` is given. One file `model.safetensors`, or shards
+    with an index where the weights exceed `shard_bytes`.
     """
     with new_folder(path) as folder:
-        write_model(model, folder, shard_bytes)
+        write_model(model, folder, shard_bytes, layout)
 
 
-def write_model(model: Transformer, folder: Path, shard_bytes: int = _SHARD_BYTES) -> None:
+def write_model(model: Transformer, folder: Path, shard_bytes: int = SHARD_BYTES, layout: Layout | None = None) -> None:
     """As save_model, into an existing folder that the caller makes appear atomically."""
-    (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
-    shards: list[list[str]] = [[]]
-    places, size = _places(model), 0
-    for name, place in places.items():
-        if shards[-1] and size + place.view.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += place.view.nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        write_tensors({name: places[name].view for name in names}, folder / file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(place.view.nbytes for place in places.values())},
-                 "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    found = places(model)
+    if layout is None:
+        units = [{name: Stored(place.tensor.dtype, place.shape)} for name, place in found.items()]
+        config = model.config if any(is_packed(place) for place in found.values()) else dataclasses.replace(
+            model.config, expert_dtype=None, quantization_config=None)
+    else:
+        units = [stored_parts(name, shape, layout, integer) for name, shape, integer in _logical(found)]
+        config = config_for(model.config, layout)
+    write_configs(config, folder)
+
+    def produce(name: str) -> dict[str, torch.Tensor]:
+        return {name: found[name].view} if layout is None else encode(name, model_weight(found, name), layout)
+
+    plan = plan_shards(units, shard_bytes)
+    files = ["model.safetensors"] if len(plan) == 1 else shard_names(len(plan))
+    for file, part in zip(files, plan, strict=True):
+        write_shard(folder, file, part, produce)
+    if len(plan) > 1:
+        write_index(folder, plan, files)
 
 
-def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """One safetensors file from tensors on any device; an I/O failure (a full disk) is an OSError."""
-    try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file,
-                  metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{error}") from error
+def write_configs(config: ModelConfig, folder: Path) -> None:
+    """config.json and generation_config.json, as released."""
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+    generation = {"_from_model_config": True, "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
+                  "do_sample": True, "temperature": 1.0, "top_p": 1.0, "transformers_version": "4.46.3"}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file; CheckpointError names a file that is damaged."""
-    return dict(_tensors(file))
+def is_packed(place: Place) -> bool:
+    """Whether FP8 or FP4 codes lie here."""
+    return place.tensor.dtype in (E4M3, torch.int8)
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                yield name, opened.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+def model_weight(found: dict[str, Place], name: str) -> torch.Tensor | Packed:
+    """A model's weight by its released name, plain or packed."""
+    view = found[name].view.detach()
+    return Packed(view, found[scale_of(name)].view) if is_packed(found[name]) else view
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+def _logical(found: dict[str, Place]) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Name, shape and whether it is a table, of every weight; scales belong to theirs."""
+    scales = {scale_of(name) for name, place in found.items() if is_packed(place)}
+    return [(name, tuple(model_weight(found, name).shape), not is_packed(place) and not place.tensor.is_floating_point())
+            for name, place in found.items() if name not in scales]
 
 
-def _check_names(path: Path, files: list[Path], places: dict[str, _Place]) -> None:
-    found = {name: shape for file in files for name, shape in _shapes(file).items()}
-    problems = [f"missing {name}" for name in places if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in places]
-    problems += [f"{name} has shape {list(shape)}, the config asks for {list(places[name].view.shape)}"
-                 for name, shape in found.items() if name in places and shape != tuple(places[name].view.shape)]
-    if problems:
-        raise CheckpointError(f"{path} does not fit its config.json: " + "; ".join(problems))
+def _fill(found: dict[str, Place], name: str, weights: Weights) -> None:
+    """Copy one weight from its file to its place."""
+    weight, place = weights.read(name), found[name]
+    if isinstance(weight, Packed) and is_packed(place):
+        place.view.copy_(weight.codes)
+        found[scale_of(name)].view.copy_(weight.scale)
+    elif isinstance(weight, Packed):
+        place.view.copy_(dequantise(weight, place.tensor.dtype))
+    else:
+        if not place.tensor.is_floating_point() and not 0 <= int(weight.min()) <= int(weight.max()) < _experts(found):
+            raise CheckpointError(f"{weights.folder / weights.shards.file_of[name]} is damaged: {name} names an expert that "
+                                  "does not exist")
+        place.view.copy_(weight)
 
 
-def _places(model: nn.Module) -> dict[str, _Place]:
-    places = {}
-    for name, tensor in model.state_dict().items():
-        released = released_name(name)
-        if "*" in released:
-            places |= {released.replace("*", str(e)): _Place(tensor, e) for e in range(tensor.shape[0])}
-        else:
-            places[released] = _Place(tensor, None)
-    return places
+def _experts(found: dict[str, Place]) -> int:
+    return next(place.shape[0] for name, place in found.items() if name.endswith("ffn.gate.weight"))
+
+
+def _keep_packed(model: nn.Module, weights: Weights) -> None:
+    """Give the meta model codes and scales in place of every weight that the folder stores in FP8 or FP4."""
+
+    def swap(module: nn.Module, name: str, scale_name: str, released: str) -> None:
+        stack = getattr(module, name).shape[:-2] if "*" in released else ()
+        names = [released.replace("*", str(expert)) for expert in range(stack[0] if stack else 1)]
+        formats = {(weights.stored[each].dtype, weights.stored[scale_of(each)].dtype) if each in weights.quantised else None
+                   for each in names}
+        if len(formats) > 1:
+            raise CheckpointError(f"{weights.folder}: {released} is stored in several formats; load it without packed")
+        if formats != {None}:
+            ((dtype, scale_dtype),) = formats
+            codes, scale = packed_shapes(weights.shape(names[0]), dtype == torch.int8)
+            setattr(module, name, nn.Parameter(torch.empty(*stack, *codes, dtype=dtype, device="meta"), False))
+            setattr(module, scale_name, torch.empty(*stack, *scale, dtype=scale_dtype, device="meta"))
+
+    for prefix, module in model.named_modules():
+        if isinstance(module, Linear):
+            swap(module, "weight", "scale", released_name(f"{prefix}.weight"))
+        elif isinstance(module, Experts):
+            for name in ("gate", "up", "down"):
+                swap(module, name, f"{name}_scale", released_name(f"{prefix}.{name}"))
 
 
 def _allocate(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
@@ -173,8 +178,12 @@ def _allocate(model: nn.Module, dtype: torch.dtype, device: str | torch.device) 
     for prefix, module in model.named_modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
-                kept = dtype if tensor.is_floating_point() else tensor.dtype
-                if _FLOAT32.search(released_name(f"{prefix}.{name}")):
-                    kept = torch.promote_types(dtype, torch.float32)
+                if tensor is None:
+                    continue
+                kept = tensor.dtype
+                if tensor.is_floating_point() and kept not in _PACKED_DTYPES and not released_name(
+                        f"{prefix}.{name}").endswith(".scale"):
+                    kept = torch.promote_types(dtype, torch.float32) if FLOAT32.search(
+                        released_name(f"{prefix}.{name}")) else dtype
                 real = torch.empty(tensor.shape, dtype=kept, device=device)
                 store[name] = nn.Parameter(real, requires_grad=False) if isinstance(tensor, nn.Parameter) else real

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fathom.checkpoint.released import load_model, read_tensors, write_model, write_tensors
+from fathom.checkpoint.released import load_model, write_model
+from fathom.checkpoint.shards import read_tensors, write_tensors
 from fathom.errors import CheckpointError
 from fathom.files import new_folder, sha256
 from fathom.model.transformer import Transformer

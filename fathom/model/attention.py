@@ -12,6 +12,7 @@ from fathom.model.compressor import Compressor
 from fathom.model.indexer import Indexer
 from fathom.model.layers import Linear, RMSNorm, rms_normalise, rotate
 from fathom.model.layout import Layout
+from fathom.quant.rounding import EXACT
 
 # What a training forward computes beyond the logits: the indexer learns from dense attention over all visible
 # entries ("dense", the first stage) or over its own selection ("sparse"). None: inference, nothing extra.
@@ -20,6 +21,8 @@ Phase = Literal["dense", "sparse"] | None
 
 class Attention(nn.Module):
     """One layer's attention, of the kind that its compression ratio names: window only, CSA or HCA."""
+
+    rounding = EXACT  # of keys, entries and index vectors
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -46,7 +49,7 @@ class Attention(nn.Module):
         latent_BSR = self.query_norm(self.query_down(x_BSW))
         q_BSHD = rms_normalise(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), self.eps)
         q_BSHD = rotate(q_BSHD, angle_BSC[:, :, None])
-        kv_BTD = rotate(self.key_value_norm(self.key_value(x_BSW)), angle_BSC)
+        kv_BTD = self.rounding.entries(rotate(self.key_value_norm(self.key_value(x_BSW)), angle_BSC))
         if cache is not None:
             kv_BTD = cache.window.extend(kv_BTD, layout.start_B, layout.count_B)
         window = ops.Window(kv_BTD, layout.key_place_BT, layout.place_BS, layout.reach_BS)
@@ -54,10 +57,10 @@ class Attention(nn.Module):
         entries = index_loss = None
         if self.compressor is not None:
             blocks = layout.blocks[self.ratio]
-            kv_BMD = self.compressor(x_BSW, layout, cache and cache.entries)
+            kv_BMD = self.compressor(x_BSW, layout, cache and cache.entries, self.rounding.entries)
             entries = ops.Entries(kv_BMD, blocks.first_BS, blocks.count_BS, None)
         if self.indexer is not None:
-            scorer = self.indexer(x_BSW.detach(), latent_BSR.detach(), layout, cache and cache.keys)
+            scorer = self.indexer(x_BSW.detach(), latent_BSR.detach(), layout, cache and cache.keys, self.rounding)
             if phase != "dense":
                 entries = entries._replace(selected_BSK=self.indexer.select(scorer, layout))
             if phase is not None:
@@ -70,5 +73,5 @@ class Attention(nn.Module):
     def _project(self, out_BSHD: Tensor) -> Tensor:
         """Each group of heads to its own low rank, all of them back to the width (report 2.3.3)."""
         grouped_BSGI = out_BSHD.flatten(2).unflatten(-1, (self.groups, -1))
-        down_GRI = self.output_down.weight.unflatten(0, (self.groups, -1))
-        return self.output_up(torch.einsum("bsgi,gri->bsgr", grouped_BSGI.to(down_GRI.dtype), down_GRI).flatten(2))
+        down_GRI = ops.dense(self.output_down.matrix, out_BSHD.dtype).unflatten(0, (self.groups, -1))
+        return self.output_up(torch.einsum("bsgi,gri->bsgr", grouped_BSGI, down_GRI).flatten(2))

@@ -9,20 +9,22 @@ from torch import Tensor
 
 from fathom.config import ModelConfig
 from fathom.errors import InputError
+from fathom.quant.records import EntryRecord, KeyRecord, PlainRecord
 
 
 class Ring:
-    """The last R items of each row: position p lies in slot p mod R of `items_BRC`."""
+    """The last R items of each row: position p lies in slot p mod R of `items_BRC`, as a record."""
 
-    def __init__(self, batch: int, size: int, channels: int, dtype: torch.dtype, device: torch.device):
-        self.items_BRC = torch.zeros(batch, size, channels, dtype=dtype, device=device)
+    def __init__(self, batch: int, size: int, record: PlainRecord, device: torch.device):
+        self.record = record
+        self.items_BRC = torch.zeros(batch, size, record.width, dtype=record.dtype, device=device)
 
     def extend(self, new_BSC: Tensor, start_B: Tensor, count_B: Tensor) -> Tensor:
         """The old items followed by the new ones [B, R + S, C]; afterwards the ring holds the newest R.
 
         Row b's new items are new_BSC[b, :count_B[b]], at positions from start_B[b] on.
         """
-        joined = torch.cat([self.items_BRC, new_BSC.to(self.items_BRC.dtype)], 1)
+        joined = torch.cat([self.items_BRC, self.record.pack(new_BSC)], 1)
         R = self.items_BRC.shape[1]
         written = min(R, new_BSC.shape[1])
         index_BW = count_B[:, None] - written + torch.arange(written, device=count_B.device)
@@ -30,43 +32,61 @@ class Ring:
         newest = joined.gather(1, (R + index_BW.clamp(min=0))[..., None].expand_as(slot_BW1))
         kept = self.items_BRC.gather(1, slot_BW1)
         self.items_BRC.scatter_(1, slot_BW1, newest.where(index_BW[..., None] >= 0, kept))
-        return joined
+        return self.record.unpack(joined)
 
 
 class Stream:
-    """What one compressor has produced, `entries_BMD`, and the raw tokens its next blocks still need, `tail`."""
+    """What one compressor has produced, `records_BMC`, and the raw tokens its next blocks still need, `tail`."""
 
-    def __init__(self, batch: int, entries: int, tail: int, channels: int, overlap: bool, dtype: torch.dtype,
+    def __init__(self, batch: int, entries: int, ratio: int, record: PlainRecord, tail: PlainRecord, overlap: bool,
                  device: torch.device):
-        self.entries_BMD = torch.zeros(batch, entries, channels, dtype=dtype, device=device)
-        halves = 2 if overlap else 1
-        wide = torch.promote_types(dtype, torch.float32)
-        self.tail = Ring(batch, halves * tail, 2 * halves * channels, wide, device)  # value and score
+        self.record = record
+        self.records_BMC = torch.zeros(batch, entries, record.width, dtype=record.dtype, device=device)
+        self.tail = Ring(batch, 2 * ratio if overlap else ratio, tail, device)
+
+    def put(self, row_N: Tensor, slot_N: Tensor, entries_ND: Tensor) -> None:
+        """Keep N new entries."""
+        self.records_BMC[row_N, slot_N] = self.record.pack(entries_ND)
+
+    def entries(self, count: int) -> Tensor:
+        """The first `count` entries of each row [B, M, D]."""
+        return self.record.unpack(self.records_BMC[:, :count])
 
 
 class LayerCache:
     """One layer's window ring, entries and indexer keys."""
 
     def __init__(self, config: ModelConfig, layer: int, batch: int, max_tokens: int, dtype: torch.dtype,
-                 device: torch.device):
-        self.window = Ring(batch, config.sliding_window, config.head_dim, dtype, device)
+                 device: torch.device, quantized: bool):
+        entry, key = PlainRecord(config.head_dim, dtype), PlainRecord(config.index_head_dim, dtype)
+        if quantized:
+            entry = EntryRecord(config.head_dim, config.qk_rope_head_dim, dtype)
+            key = KeyRecord(config.index_head_dim, dtype)
+        self.window = Ring(batch, config.sliding_window, entry, device)
         self.entries: Stream | None = None
         self.keys: Stream | None = None
-        ratio, kind = config.ratio(layer), config.kind(layer)
-        if kind != "window":
-            size = (batch, max_tokens // ratio, ratio)
-            self.entries = Stream(*size, config.head_dim, kind == "csa", dtype, device)
-            if kind == "csa":
-                self.keys = Stream(*size, config.index_head_dim, True, dtype, device)
+        ratio, overlap = config.ratio(layer), config.kind(layer) == "csa"
+
+        def stream(channels: int, record: PlainRecord) -> Stream:
+            raw = 4 * channels if overlap else 2 * channels  # value and score, in halves where blocks overlap
+            tail = PlainRecord(raw, torch.promote_types(dtype, torch.float32))
+            return Stream(batch, max_tokens // ratio, ratio, record, tail, overlap, device)
+
+        if ratio:
+            self.entries = stream(config.head_dim, entry)
+        if overlap:
+            self.keys = stream(config.index_head_dim, key)
 
 
 class Cache:
     """The state of `batch` sequences of up to `max_tokens` tokens each; `length_B` says how many each row has seen.
 
+    `quantized` keeps window keys and entries in FP8 with BF16 rotary channels, and index keys in MXFP4, as released.
     Raises InputError where max_tokens exceeds max_position_embeddings.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, max_tokens: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, batch: int, max_tokens: int, dtype: torch.dtype, device: torch.device,
+                 quantized: bool = False):
         if batch < 1 or max_tokens < 1:
             raise InputError(f"a cache needs a batch and a length of at least 1, not {batch} and {max_tokens}")
         if max_tokens > config.max_position_embeddings:
@@ -74,7 +94,7 @@ class Cache:
                              f"{config.max_position_embeddings}")
         self.max_tokens = max_tokens
         self.length_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.layers = [LayerCache(config, layer, batch, max_tokens, dtype, device)
+        self.layers = [LayerCache(config, layer, batch, max_tokens, dtype, device, quantized)
                        for layer in range(config.num_hidden_layers)]
 
     def advance(self, count_B: Tensor) -> None:
@@ -87,4 +107,4 @@ class Cache:
         rings = [layer.window.items_BRC for layer in self.layers]
         streams = [stream for layer in self.layers for stream in (layer.entries, layer.keys) if stream is not None]
         return sum(tensor.nbytes for tensor in
-                   rings + [stream.entries_BMD for stream in streams] + [stream.tail.items_BRC for stream in streams])
+                   rings + [stream.records_BMC for stream in streams] + [stream.tail.items_BRC for stream in streams])

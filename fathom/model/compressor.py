@@ -3,6 +3,8 @@
 Report 2.3.1 (eq. 9-12, overlapping, CSA) and 2.3.2 (eq. 20-23, HCA). Used for attention entries and indexer keys alike.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,8 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(ratio, outputs))
         self.norm = RMSNorm(channels, norm_eps)
 
-    def forward(self, x_BSW: Tensor, layout: Layout, stream: Stream | None) -> Tensor:
-        """All entries of the rows so far [B, M, D]; those of `stream` first, which is brought up to date."""
+    def forward(self, x_BSW: Tensor, layout: Layout, stream: Stream | None, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        """All entries of the rows so far [B, M, D], new ones `rounded`; those of `stream` first, which is brought up to date."""
         blocks = layout.blocks[self.ratio]
         score_BSC = self.gate(x_BSW) + ops.wide(self.position_bias)[layout.position_BS % self.ratio]
         raw_BJC = torch.cat([self.value(x_BSW), score_BSC], -1)
@@ -34,9 +36,9 @@ class Compressor(nn.Module):
             raw_BJC = stream.tail.extend(raw_BJC, layout.start_B, layout.count_B)
         value_BJC, score_BJC = raw_BJC.chunk(2, -1)
         pooled_ND = ops.pool_blocks(value_BJC, score_BJC, blocks.current_NR, blocks.previous_NR, blocks.has_previous_N)
-        new_ND = rotate(self.norm(pooled_ND.to(x_BSW.dtype)), layout.angle(blocks.position_N, compressed=True))
+        new_ND = rounded(rotate(self.norm(pooled_ND.to(x_BSW.dtype)), layout.angle(blocks.position_N, compressed=True)))
         if stream is not None:
-            stream.entries_BMD[blocks.row_N, blocks.slot_N] = new_ND.to(stream.entries_BMD.dtype)
-            return stream.entries_BMD[:, : blocks.entries]
+            stream.put(blocks.row_N, blocks.slot_N, new_ND)
+            return stream.entries(blocks.entries)
         empty_BMD = new_ND.new_zeros(x_BSW.shape[0], blocks.entries, new_ND.shape[-1])
         return empty_BMD.index_put((blocks.row_N, blocks.slot_N), new_ND)

@@ -3,25 +3,40 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom import ops
 from fathom.config import RopeScaling
+from fathom.quant.formats import Packed
+from fathom.quant.rounding import EXACT
 
 
 class Linear(nn.Module):
-    """y = W x without bias, weight [outputs, inputs]; computed in the weight's dtype, or in float32 where `wide`."""
+    """y = W x without bias, weight [outputs, inputs]; computed in the weight's dtype, or in float32 where `wide`.
+
+    A weight in FP8 or FP4 has a `scale` beside it and is computed with in the dtype of x. `rounding` rounds the inputs; it is set
+    from outside, where weights are stored in FP8 or FP4.
+    """
+
+    rounding = EXACT
 
     def __init__(self, inputs: int, outputs: int, wide: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.register_buffer("scale", None)
         self.wide = wide
+
+    @property
+    def matrix(self) -> ops.Matrix:
+        """The weight, packed or plain."""
+        return self.weight if self.scale is None else Packed(self.weight, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.wide:
-            return F.linear(ops.wide(x), ops.wide(self.weight))
-        return F.linear(x.to(self.weight.dtype), self.weight)
+            x = ops.wide(x)
+        elif self.scale is None:
+            x = x.to(self.weight.dtype)
+        return ops.linear(self.rounding.inputs(x), self.matrix)
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:

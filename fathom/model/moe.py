@@ -10,6 +10,8 @@ from fathom import ops
 from fathom.config import ModelConfig
 from fathom.model.layers import Linear
 from fathom.model.layout import Layout
+from fathom.quant.formats import Packed
+from fathom.quant.rounding import EXACT
 
 
 class Routing(NamedTuple):
@@ -46,7 +48,9 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of E SwiGLU experts: gate and up [E, F, W], down [E, W, F]."""
+    """The weights of E SwiGLU experts: gate and up [E, F, W], down [E, W, F]; with scales beside them where they are packed."""
+
+    rounding = EXACT  # of the inputs of all products
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -54,6 +58,13 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(E, F_, W))
         self.up = nn.Parameter(torch.empty(E, F_, W))
         self.down = nn.Parameter(torch.empty(E, W, F_))
+        for name in ("gate_scale", "up_scale", "down_scale"):
+            self.register_buffer(name, None)
+
+    def matrices(self) -> list[ops.Matrix]:
+        """Gate, up and down."""
+        return [codes if scale is None else Packed(codes, scale) for codes, scale in (
+            (self.gate, self.gate_scale), (self.up, self.up_scale), (self.down, self.down_scale))]
 
 
 class SharedExpert(nn.Module):
@@ -86,7 +97,7 @@ class MixtureOfExperts(nn.Module):
         affinity_BSE, expert_BSK, weight_BSK = self.router(x_BSW, token_BS)
         routed_NW = ops.routed_experts(
             x_BSW.flatten(0, 1), expert_BSK.flatten(0, 1), weight_BSK.flatten(0, 1),
-            self.experts.gate, self.experts.up, self.experts.down, self.limit)
+            *self.experts.matrices(), self.limit, self.experts.rounding)
         out_BSW = (routed_NW.view(*x_BSW.shape) + ops.wide(self.shared(x_BSW))).to(x_BSW.dtype)
         if not observe:
             return out_BSW, None

@@ -1,6 +1,7 @@
 """Multi-token prediction: one more block that sees the next token and predicts the one after (report 2.1)."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.model.attention import Phase
@@ -13,7 +14,8 @@ from fathom.model.layout import Layout
 class MTPBlock(Block):
     """A block fed with the trunk's streams and the embedding of each position's next token.
 
-    Embedding and head are the model's own; the norm and the collapse of the streams are the block's.
+    Norm and collapse of the streams are the block's; embedding and head are the model's, unless `own_ends` gave it its own, as the
+    released base models have them.
     """
 
     def __init__(self, config: ModelConfig, depth: int):
@@ -25,6 +27,14 @@ class MTPBlock(Block):
         self.hidden_proj = Linear(width, width)
         self.collapse = StreamCollapse(config)
         self.norm = RMSNorm(width, eps)
+        self.embed: nn.Embedding | None = None
+        self.head: Linear | None = None
+
+    def own_ends(self, config: ModelConfig) -> None:
+        """Give the block an embedding [V, W] and a head [V, W] of its own, unset."""
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size,
+                                  _weight=torch.empty(config.vocab_size, config.hidden_size))
+        self.head = Linear(config.hidden_size, config.vocab_size, wide=True)
 
     def predict(self, X_BSNW: Tensor, next_embedding_BSW: Tensor, next_token_BS: Tensor, layout: Layout,
                 phase: Phase) -> tuple[Tensor, Tensor, Observation | None]:

@@ -20,6 +20,7 @@ from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
 from fathom.model.moe import Router, balanced_table
 from fathom.model.mtp import MTPBlock
+from fathom.quant.rounding import EXACT
 
 
 class Output(NamedTuple):
@@ -79,23 +80,37 @@ class Transformer(nn.Module):
         X_BSNW, _ = self._trunk(input_ids, layout, None, None)
         next_BS = input_ids[:, 1:]
         layout = Layout(self.config, layout.position_BS[:, :-1], layout.count_B - 1, None)
-        return self.head(self.mtp[0].predict(X_BSNW[:, :-1], self.embed(next_BS), next_BS, layout, None)[0])
+        embed, head = self.mtp_ends(0)
+        return head(self.mtp[0].predict(X_BSNW[:, :-1], embed(next_BS), next_BS, layout, None)[0])
 
     def features(self, token_BS: Tensor, position_BS: Tensor, next_tokens: list[Tensor], phase: Phase) -> Features:
         """A training forward. `next_tokens`: for each MTP depth in use, the ids [B, S] that it sees beside the streams."""
         layout = self._layout(token_BS, position_BS, None, None)
         X_BSNW, observations = self._trunk(token_BS, layout, None, phase)
         hidden_BSW, mtp_hidden = self.norm(self.collapse(X_BSNW)), []
-        for block, next_BS in zip(self.mtp, next_tokens, strict=False):
-            depth_hidden_BSW, X_BSNW, observation = block.predict(X_BSNW, self.embed(next_BS), next_BS, layout, phase)
+        for depth, (block, next_BS) in enumerate(zip(self.mtp, next_tokens, strict=False)):
+            embed, _ = self.mtp_ends(depth)
+            depth_hidden_BSW, X_BSNW, observation = block.predict(X_BSNW, embed(next_BS), next_BS, layout, phase)
             mtp_hidden.append(depth_hidden_BSW)
             observations.append(observation)
         return Features(hidden_BSW, mtp_hidden, observations)
 
-    def new_cache(self, batch_size: int, max_tokens: int) -> Cache:
-        """An empty cache for `batch_size` rows of up to `max_tokens` tokens, on the model's device and in its dtype."""
-        weight = self.blocks[0].attention.key_value.weight
-        return Cache(self.config, batch_size, max_tokens, weight.dtype, weight.device)
+    def mtp_ends(self, depth: int) -> tuple[nn.Embedding, Linear]:
+        """Embedding and head of an MTP block: its own where it has them, else the model's."""
+        block = self.mtp[depth]
+        return block.embed or self.embed, block.head or self.head
+
+    def new_cache(self, batch_size: int, max_tokens: int, quantized: bool = False) -> Cache:
+        """An empty cache for `batch_size` rows of up to `max_tokens` tokens, on the model's device and in its dtype.
+
+        `quantized`: entries and index keys in the released formats, which a model that rounds like the release can use
+        (load_model(..., simulate_quantization=True)); InputError for another one.
+        """
+        if quantized and self.blocks[0].attention.rounding is EXACT:
+            raise InputError("a quantized cache needs a model that rounds like the release; load it with "
+                             "simulate_quantization=True")
+        weight = self.embed.weight
+        return Cache(self.config, batch_size, max_tokens, weight.dtype, weight.device, quantized)
 
     def _trunk(self, token_BS: Tensor, layout: Layout, cache: Cache | None,
                phase: Phase) -> tuple[Tensor, list[Observation]]:

@@ -1,6 +1,7 @@
 """The operators: everything heavy that the layers above may call, each a definition behind dispatch."""
 
 import fathom.ops.cpu.attention
+import fathom.ops.cpu.linear
 import fathom.ops.cpu.losses
 import fathom.ops.cpu.streams
 from fathom.ops.attention import (
@@ -15,14 +16,15 @@ from fathom.ops.compress import pool_blocks
 from fathom.ops.dispatch import using
 from fathom.ops.experts import clamped_swiglu, routed_experts
 from fathom.ops.index_topk import index_scores, index_topk
+from fathom.ops.linear import Matrix, dense, linear
 from fathom.ops.losses import IGNORE, cross_entropy, index_divergence, sequence_balance
 from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import wide
 from fathom.ops.streams import collapse_coefficients, sinkhorn, stream_coefficients, streams_in, streams_out
 
 __all__ = [
-    "IGNORE", "Entries", "Window", "attended_entries", "attention", "clamped_swiglu", "collapse_coefficients",
-    "cross_entropy", "entry_mass", "index_divergence", "index_scores", "index_topk", "orthogonalize", "pool_blocks", "routed_experts",
-    "sequence_balance", "sinkhorn", "stream_coefficients", "streams_in", "streams_out", "using", "visible_entries",
-    "wide",
+    "IGNORE", "Entries", "Matrix", "Window", "attended_entries", "attention", "clamped_swiglu", "collapse_coefficients",
+    "cross_entropy", "dense", "entry_mass", "index_divergence", "index_scores", "index_topk", "linear", "orthogonalize",
+    "pool_blocks", "routed_experts", "sequence_balance", "sinkhorn", "stream_coefficients", "streams_in", "streams_out", "using",
+    "visible_entries", "wide",
 ]

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.ops.dispatch import op
+from fathom.ops.linear import Matrix, linear
 from fathom.ops.precision import wide
+from fathom.quant.rounding import EXACT, Rounding
 
 
 @op
@@ -15,21 +17,22 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 @op
-def routed_experts(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Tensor, up_EFW: Tensor,
-                   down_EWF: Tensor, limit: float) -> Tensor:
+def routed_experts(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matrix, up_EFW: Matrix,
+                   down_EWF: Matrix, limit: float, rounding: Rounding = EXACT) -> Tensor:
     """Sum over each token's K experts of down(weight * swiglu(gate x, up x)) -> [N, W] in float32.
 
-    The routing weight multiplies the activation before the down projection, as released.
+    The routing weight multiplies the activation before the down projection, as released. `rounding` rounds the inputs of all
+    three products.
     """
     N, K = expert_NK.shape
     order_P = expert_NK.flatten().argsort(stable=True)  # P = N K pairs of token and expert, sorted by expert
     sizes = expert_NK.flatten().bincount(minlength=gate_EFW.shape[0]).tolist()
-    x_PW, weight_P1 = x_NW.index_select(0, order_P // K), weight_NK.flatten()[order_P, None]
+    x_PW, weight_P1 = rounding.inputs(x_NW).index_select(0, order_P // K), weight_NK.flatten()[order_P, None]
     outputs = []
-    for x_nW, weight_n1, gate_FW, up_FW, down_WF in zip(
-            x_PW.split(sizes), weight_P1.split(sizes), gate_EFW.unbind(), up_EFW.unbind(), down_EWF.unbind(), strict=True):
+    for expert, (x_nW, weight_n1) in enumerate(zip(x_PW.split(sizes), weight_P1.split(sizes), strict=True)):
         if len(x_nW):
-            hidden_nF = clamped_swiglu(F.linear(x_nW, gate_FW), F.linear(x_nW, up_FW), limit)
-            outputs.append(wide(F.linear((hidden_nF * weight_n1).to(x_nW.dtype), down_WF)))
+            hidden_nF = clamped_swiglu(linear(x_nW, gate_EFW[expert]), linear(x_nW, up_EFW[expert]), limit)
+            hidden_nF = rounding.inputs((hidden_nF * weight_n1).to(x_nW.dtype))
+            outputs.append(wide(linear(hidden_nF, down_EWF[expert])))
     back_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(N * K, device=order_P.device))
     return torch.cat(outputs).index_select(0, back_P).unflatten(0, (N, K)).sum(1)

@@ -54,7 +54,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, Tensor]],
     matrices: dict[str, int] = {}
     others: list[str] = []
     for name, parameter in named_parameters:
-        if parameter.ndim < 2 or name in ("embed.weight", "head.weight") or name.endswith(".position_bias"):
+        if parameter.ndim < 2 or name.endswith(("embed.weight", "head.weight")) or name.endswith(".position_bias"):
             others.append(name)
         else:
             matrices[name] = parameter.shape[0] if parameter.ndim == 3 else _blocks(name, parameter.shape[0], config)

@@ -45,8 +45,9 @@ def objective(model: Transformer, batch: Batch, weights: LossWeights, mtp_weight
     total = loss = _mean_cross_entropy(features.hidden_BSW, model.head.weight, batch.targets_BS)
     parts = {"loss": loss}
     if depths:
-        mtp = sum(_mean_cross_entropy(hidden_BSW, model.head.weight, target_BS) for hidden_BSW, target_BS in
-                  zip(features.mtp_hidden, targets_DBS, strict=True)) / depths
+        mtp = sum(_mean_cross_entropy(hidden_BSW, model.mtp_ends(depth)[1].weight, target_BS)
+                  for depth, (hidden_BSW, target_BS) in enumerate(
+                      zip(features.mtp_hidden, targets_DBS, strict=True))) / depths
         total, parts["mtp_loss"] = total + mtp_weight * mtp, mtp
     balance = [seen.routing.balance for seen in features.observations if seen.routing.balance is not None]
     if balance:

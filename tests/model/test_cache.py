@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fathom.errors import InputError
 from fathom.model.cache import Ring
+from fathom.quant.records import PlainRecord
 from fathom.model.transformer import Transformer
 from tests.models import random_model, random_tokens, small_config
 
@@ -111,7 +112,7 @@ def test_too_many_tokens_for_the_cache_or_the_model_is_one_clear_line(model):
 @settings(max_examples=50, deadline=None)
 @given(counts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5), size=st.integers(1, 6))
 def test_ring_holds_the_last_items_of_each_row(counts, size):
-    ring = Ring(2, size, 1, torch.float32, torch.device("cpu"))
+    ring = Ring(2, size, PlainRecord(1, torch.float32), torch.device("cpu"))
     seen = [0, 0]
     for pair in counts:
         new = torch.full((2, max(max(pair), 1), 1), -1.0)
