@@ -21,6 +21,9 @@ ModelArgument = Annotated[Path, typer.Argument(
     metavar="PATH", help="A model folder, or a run (its newest checkpoint).")]
 SeedOption = Annotated[Optional[int], typer.Option(help="Same seed, same text.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
+PackedOption = Annotated[bool, typer.Option(
+    "--packed", help="Compute as released: FP8 and FP4 weights stay packed, the cache is in FP8 and FP4.")]
 TopPOption = Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this share.")]
 
 
@@ -54,14 +57,15 @@ def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = F
 def generate(path: ModelArgument, prompt: Annotated[str, typer.Option(help="The text to continue.")],
              max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest continuation.")] = 128,
              temperature: TemperatureOption = 1.0, top_p: TopPOption = 1.0, seed: SeedOption = None,
+             dtype: DtypeOption = "float32", packed: PackedOption = False,
              special: Annotated[bool, typer.Option("--special", help="Read special tokens in the prompt.")] = False) -> None:
     """Continue a text, streamed as it is written."""
-    from fathom.engine.engine import Engine
+    from fathom.engine.engine import Engine, dtype_of
     from fathom.engine.sampler import Sampling
 
     sampling = Sampling(temperature, top_p, seed, max_tokens)
     sys.stdout.write(prompt)
-    for piece in Engine.load(path).text(prompt, sampling, special):
+    for piece in Engine.load(path, dtype_of(dtype), packed=packed).text(prompt, sampling, special):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -73,13 +77,15 @@ def chat(path: ModelArgument,
          system: Annotated[Optional[str], typer.Option(help="A system message.")] = None,
          message: Annotated[Optional[str], typer.Option(help="Ask this one question and leave.")] = None,
          max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer.")] = 512,
-         temperature: TemperatureOption = 1.0, top_p: TopPOption = 1.0, seed: SeedOption = None) -> None:
+         temperature: TemperatureOption = 1.0, top_p: TopPOption = 1.0, seed: SeedOption = None,
+         dtype: DtypeOption = "float32", packed: PackedOption = False) -> None:
     """Talk to a model in the terminal. Inside: /think off|high|max, /new, /quit; Ctrl-C stops an answer."""
     from fathom.engine.chat_session import ChatSession, converse
-    from fathom.engine.engine import Engine
+    from fathom.engine.engine import Engine, dtype_of
     from fathom.engine.sampler import Sampling
 
-    session = ChatSession(Engine.load(path), Sampling(temperature, top_p, seed, max_tokens), think, system)
+    engine = Engine.load(path, dtype_of(dtype), packed=packed)
+    session = ChatSession(engine, Sampling(temperature, top_p, seed, max_tokens), think, system)
     converse(session, message)
 
 
@@ -110,6 +116,33 @@ def info(model: Annotated[str, typer.Argument(metavar="PATH|PRESET",
     from fathom.checkpoint.describe import describe
 
     Console().print(describe(model, context or None))
+
+
+@app.command(epilog="Example:  fathom convert runs/tiny-chat tiny-fp4 --to official-fp4")
+def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="A model folder, or a run.")],
+            target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+            to: Annotated[str, typer.Option(help="official-fp4, official-fp8, bf16 or fp32.")]) -> None:
+    """Write a model in another number format, for Fathom and for others. Stopped, the same command goes on."""
+    from rich.console import Console
+
+    from fathom.checkpoint import convert as conversion
+
+    console = Console()
+    folder = conversion.convert(source, target, to, console)
+    console.print(f"done: {folder}  (look inside: fathom inspect {folder})", soft_wrap=True)
+
+
+@app.command(epilog="Example:  fathom inspect tiny-fp4 --reference runs/tiny-chat   or   fathom inspect flash")
+def inspect(model: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A model folder, a run, or a preset.")],
+            reference: Annotated[Optional[str], typer.Option(help="The same model, to measure errors against.")] = None,
+            layout: Annotated[str, typer.Option(help="For a preset: the layout to list.")] = "official-fp4",
+            listing: Annotated[Optional[Path], typer.Option(help="Write all names, dtypes, shapes to this JSON.")] = None) -> None:
+    """What lies in a model folder: formats, counts, bytes, and the error of quantised weights."""
+    from rich.console import Console
+
+    from fathom.checkpoint.contents import inspect_model
+
+    inspect_model(model, Console(), layout, reference, listing)
 
 
 def main() -> None:

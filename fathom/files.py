@@ -24,11 +24,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for file in partial.rglob("*"):
-            _sync(file)
+            sync(file)
         if path.exists():
             os.replace(path, replaced)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     finally:
@@ -45,7 +45,7 @@ def write_text(path: str | Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
@@ -59,7 +59,7 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file or folder to the disk, so that a rename never outruns the data."""
     handle = os.open(path, os.O_RDONLY)
     try:

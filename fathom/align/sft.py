@@ -112,7 +112,7 @@ def _stage(recipe: Sft, model: Transformer, data: SftData) -> Stage:
     return Stage(
         batch=lambda step: data.train.rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), "sparse"),
-        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at,
+        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at,
         validate=(lambda: bits_per_byte(model, data.validation, data.byte_lengths_V)) if data.validation else None)
 
 

@@ -95,8 +95,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """One safetensors file from tensors on any device; an I/O failure (a full disk) is an OSError."""
     try:
+        file.touch()
+        mode = file.stat().st_mode  # the library's own files are closed to everybody else
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, file,
                   metadata={"format": "pt"})
+        file.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{error}") from error
 

@@ -14,22 +14,35 @@ from fathom.text.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # tokens; bounds the memory of a long prompt
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name; InputError for one that models are not computed in."""
+    if name not in DTYPES:
+        raise InputError(f"dtype is {name!r}; allowed: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
 
 class Engine:
     """A model with its tokenizer, ready to generate."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model.eval(), tokenizer
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, quantized_cache: bool = False):
+        self.model, self.tokenizer, self.quantized_cache = model.eval(), tokenizer, quantized_cache
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Engine":
-        """Open a model folder, or the newest checkpoint of a run folder; it must hold a tokenizer."""
+    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
+             packed: bool = False) -> "Engine":
+        """Open a model folder, or the newest checkpoint of a run folder; it must hold a tokenizer.
+
+        `packed` computes as the release does: FP8 and FP4 weights stay as stored, and the cache is in FP8 and FP4.
+        """
         folder = find_model(path)
         tokenizer = Tokenizer.load(folder)
-        model = load_model(folder, dtype, device)
+        model = load_model(folder, dtype, device, packed=packed, simulate_quantization=packed)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, packed)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()) -> Iterator[int]:
         """Generated token ids, one by one; ends after the model's end token or one of `stop_ids` (also yielded),
@@ -51,7 +64,7 @@ class Engine:
 
     def _generate(self, prompt: list[int], sampling: Sampling, stop_ids: set[int]) -> Iterator[int]:
         limit = min(sampling.max_tokens, self.model.config.max_position_embeddings - len(prompt))
-        cache = self.model.new_cache(1, len(prompt) + limit)
+        cache = self.model.new_cache(1, len(prompt) + limit, self.quantized_cache)
         sampler, device = Sampler(sampling), cache.length_B.device
         known = self.tokenizer.vocab_size  # the model's vocabulary may have rows that no token uses
         for begin in range(0, len(prompt), PREFILL_CHUNK):

@@ -15,7 +15,8 @@ class Schedule:
 
     Rates, MTP weights and bias speed default to the Flash model's. The batch grows from `first_batch_tokens` over
     `batch_ramp_steps`; sequences have `lengths[i]` tokens from step `length_starts[i]` on. `bias_rest_steps` are the
-    last steps, in which the routers' bias is not moved (DeepSeek-V3 had them, V4 names none).
+    last steps, in which the routers' bias is not moved (DeepSeek-V3 had them, V4 names none). From step `quantise_from` on, if
+    given, forward passes see the released number formats (report 5.2.1).
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Schedule:
     mtp_weight_decayed: float = 0.1
     bias_speed: float = 0.001
     bias_rest_steps: int = 0
+    quantise_from: int | None = None
 
     def __post_init__(self):
         for name, allowed, holds in (
@@ -51,6 +53,7 @@ class Schedule:
             ("mtp_weight_decayed", "at least 0", self.mtp_weight_decayed >= 0),
             ("bias_speed", "at least 0", self.bias_speed >= 0),
             ("bias_rest_steps", "from 0 to steps", 0 <= self.bias_rest_steps <= self.steps),
+            ("quantise_from", "a step, at least 0", self.quantise_from is None or self.quantise_from >= 0),
         ):
             if not holds:
                 raise RecipeError(f"{name} is {getattr(self, name)}; allowed: {allowed}")
@@ -62,7 +65,8 @@ class Schedule:
 
         return replace(self, steps=steps, warmup_steps=share(self.warmup_steps), decay_steps=share(self.decay_steps),
                        batch_ramp_steps=share(self.batch_ramp_steps), bias_rest_steps=share(self.bias_rest_steps),
-                       length_starts=tuple(share(start) for start in self.length_starts))
+                       length_starts=tuple(share(start) for start in self.length_starts),
+                       quantise_from=None if self.quantise_from is None else share(self.quantise_from))
 
     def rate_at(self, step: int) -> float:
         """Learning rate: linear warm-up, constant, cosine decay that reaches `final_rate` at the last step."""
@@ -97,6 +101,10 @@ class Schedule:
     def bias_speed_at(self, step: int) -> float:
         """How far a router's selection bias moves after the step."""
         return 0.0 if step >= self.steps - self.bias_rest_steps else self.bias_speed
+
+    def quantised_at(self, step: int) -> bool:
+        """Whether the step's forward pass sees the released number formats."""
+        return self.quantise_from is not None and step >= self.quantise_from
 
     def _decays(self, step: int) -> bool:
         return self.decay_steps > 0 and step >= self.steps - self.decay_steps

@@ -53,8 +53,9 @@ TOKENIZER_CONFIG = {
     "add_eos_token": False,
     "bos_token": BOS,
     "eos_token": EOS,
-    "pad_token": PAD,
+    "pad_token": EOS,  # as released; batches are padded with the pad token all the same
     "unk_token": None,
+    "legacy": True,
     "clean_up_tokenization_spaces": False,
     "model_max_length": 1048576,
     "tokenizer_class": "PreTrainedTokenizerFast",

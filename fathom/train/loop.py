@@ -9,7 +9,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.objective import Losses, move_router_biases
+from fathom.train.qat import released_numbers
 from fathom.train.tracking import Tracker, draw_curve
 
 TRIAL_STEPS = 6
@@ -59,6 +60,7 @@ class Stage:
     rate: Callable[[int], float]
     bias_speed: Callable[[int], float]
     validate: Callable[[], float] | None  # bits per byte
+    quantised: Callable[[int], bool]  # whether forward and backward see the released number formats
 
 
 class Diverged(FathomError):
@@ -88,7 +90,8 @@ def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Op
             done = step + 1
             tracker.record(done, metrics)
             if stage.validate and (done % settings.validate_every == 0 or done == steps):
-                tracker.record_validation(done, stage.validate())
+                with _numbers(model, stage, step):
+                    tracker.record_validation(done, stage.validate())
                 draw_curve(run)
             if interrupted or done == steps or done % settings.checkpoint_every == 0:
                 save(saved := done)
@@ -113,9 +116,10 @@ def seconds_a_step(model: Transformer, optimizer: Optimizer, stage: Stage, setti
 
 def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop) -> dict[str, float]:
     batch = stage.batch(step)
-    losses = stage.loss(batch, step)
     optimizer.zero_grad()
-    losses.total.backward()
+    with _numbers(model, stage, step):
+        losses = stage.loss(batch, step)
+        losses.total.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
     if not (math.isfinite(norm) and all(map(math.isfinite, losses.parts.values()))):
         raise Diverged(f"step {step + 1} gave loss {losses.parts['loss']} and gradient norm {norm}; nothing was updated: "
@@ -124,6 +128,10 @@ def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, set
     optimizer.step(rate)
     load = move_router_biases(model, losses.observations, stage.bias_speed(step))
     return losses.parts | load | {"gradient_norm": norm, "rate": rate, "tokens": batch.tokens_BS.numel()}
+
+
+def _numbers(model: Transformer, stage: Stage, step: int) -> AbstractContextManager[None]:
+    return released_numbers(model) if stage.quantised(step) else nullcontext()
 
 
 @contextmanager

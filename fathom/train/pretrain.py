@@ -114,7 +114,7 @@ def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus) -> Stage:
         batch=lambda step: packed[schedule.length_at(step)].rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step),
                                            "dense" if step < recipe.dense_steps else "sparse"),
-        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at,
+        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at,
         validate=lambda: bits_per_byte(model, validation, byte_lengths_V))
 
 
