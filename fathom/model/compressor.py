@@ -13,6 +13,7 @@ from fathom.config import kind_of_ratio
 from fathom.model.cache import Stream
 from fathom.model.layers import Linear, RMSNorm, rotate
 from fathom.model.layout import Layout
+from fathom.quant.rounding import EXACT
 
 
 class Compressor(nn.Module):
@@ -27,7 +28,8 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(ratio, outputs))
         self.norm = RMSNorm(channels, norm_eps)
 
-    def forward(self, x_BSW: Tensor, layout: Layout, stream: Stream | None, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x_BSW: Tensor, layout: Layout, stream: Stream | None,
+                rounded: Callable[[Tensor], Tensor] = EXACT.entries) -> Tensor:
         """All entries of the rows so far [B, M, D], new ones `rounded`; those of `stream` first, which is brought up to date."""
         blocks = layout.blocks[self.ratio]
         score_BSC = self.gate(x_BSW) + ops.wide(self.position_bias)[layout.position_BS % self.ratio]

@@ -13,7 +13,7 @@ from fathom.model.cache import Stream
 from fathom.model.compressor import Compressor
 from fathom.model.layers import Linear, rotate
 from fathom.model.layout import Layout
-from fathom.quant.rounding import Rounding
+from fathom.quant.rounding import EXACT, Rounding
 
 
 class Indexer(nn.Module):
@@ -27,7 +27,7 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config.hidden_size, config.index_head_dim, ratio, config.rms_norm_eps)
 
     def forward(self, x_BSW: Tensor, latent_BSR: Tensor, layout: Layout,
-                stream: Stream | None, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor]:
+                stream: Stream | None, rounding: Rounding = EXACT) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, D], head weights [B, S, H] and keys [B, M, D], from which scores are made."""
         q_BSHD = self.query_up(latent_BSR).unflatten(-1, (self.heads, -1))
         q_BSHD = rounding.index(rotate(q_BSHD, layout.compressed_angle_BSC[:, :, None]))

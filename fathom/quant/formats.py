@@ -96,7 +96,7 @@ def fp4_to_fp8(packed: Packed, scale_dtype: torch.dtype = E8M0) -> tuple[Packed,
     tile_scale = (scale.amax((-3, -1)) / _SHIFT).clamp(min=2.0**-127)
     moved = tiles * (scale / tile_scale[..., :, None, :, None])
     codes = moved.to(E4M3)
-    inexact = (codes.float() != moved).any(-1).any(-2)
+    inexact = ((codes.float() != moved) | ((moved == 0) & (tiles != 0))).any(-1).any(-2)
     return Packed(_untiled(codes, values.shape), tile_scale.to(scale_dtype)), inexact
 
 

