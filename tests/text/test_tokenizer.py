@@ -169,7 +169,7 @@ def test_saved_tokenizer_loads_in_transformers_with_the_same_ids(small, tmp_path
     text = "<｜User｜>The cat 12345 中文<｜Assistant｜></think>"
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.encode(text, add_special_tokens=False) == small.encode(text, special=True)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 1)  # padding by the end token, as released
 
 
 def test_training_is_deterministic_and_depends_on_the_texts(small):
