@@ -191,11 +191,11 @@ def draw() -> None:
     kinds = ["float32", "official-fp8", "official-fp4"]
     for at, row in enumerate(results["qat"]["rows"]):
         values = [row[kind] for kind in kinds]
-        right.plot(kinds, values, marker="o", color=colours[2 + at], label=row["model"])
-        for kind, value in zip(kinds, values, strict=True):
-            right.annotate(f"{value:.3f}", (kind, value), xytext=(0, 7 if at == 0 else -14), textcoords="offset points", ha="center")
+        right.plot(["trained\nweights", *kinds[1:]], values, marker="o", color=colours[2 + at], label=row["model"])
+        for place, value in enumerate(values):
+            right.annotate(f"{value:.4f}", (place, value), xytext=(0, 7 if at == 0 else -14), textcoords="offset points", ha="center")
     right.set(title="demo model: held-out bits per byte, as stored")
-    right.margins(y=0.25)
+    right.margins(x=0.15, y=0.3)
     right.legend(frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fathom import ops
 from fathom.checkpoint.layouts import LAYOUTS, Layout, Stored, Weight, stored_tensors
 from fathom.checkpoint.shards import DTYPE_NAMES
 from fathom.checkpoint.training import find_model
@@ -18,7 +19,7 @@ from fathom.checkpoint.weights import Weights
 from fathom.config import PRESETS, ModelConfig
 from fathom.errors import CheckpointError, InputError
 from fathom.files import write_text
-from fathom.quant.formats import Packed, dequantise
+from fathom.quant.formats import Packed
 
 # The first that matches names a tensor's group.
 _GROUPS = [(re.compile(pattern), group) for pattern, group in (
@@ -122,4 +123,4 @@ def _errors(weights: Weights, reference: Weights, console: Console) -> dict[tupl
 
 
 def _plain(weight: Weight) -> torch.Tensor:
-    return dequantise(weight) if isinstance(weight, Packed) else weight.float()
+    return ops.dense(weight, torch.float32) if isinstance(weight, Packed) else weight.float()

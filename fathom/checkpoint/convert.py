@@ -87,10 +87,15 @@ def _write_shards(weights: Weights, plan: list[list[dict[str, Stored]]], layout:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     sizes = [sum(stored.nbytes for unit in units for stored in unit.values()) for units in plan]
+    files = shard_names(len(plan))
+    missing = sum(size for file, size in zip(files, sizes, strict=True) if file not in done)
+    if missing > (free := shutil.disk_usage(partial).free):
+        raise CheckpointError(f"{partial.parent} has {free / 1e9:.2f} GB left and the conversion needs {missing / 1e9:.2f} GB more; make "
+                              "room, or name a folder elsewhere")
     with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
                   TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"to {layout}", total=sum(sizes))
-        for file, units, size in zip(shard_names(len(plan)), plan, sizes, strict=True):
+        for file, units, size in zip(files, plan, sizes, strict=True):
             before = progress.tasks[0].completed
             if file not in done:
 
@@ -105,7 +110,7 @@ def _write_shards(weights: Weights, plan: list[list[dict[str, Stored]]], layout:
                 done[file] = sha256(partial / file)
                 write_text(progress_file, json.dumps({"work": work, "sha256": done}))
             progress.update(task, completed=before + size)
-    return {file: done[file] for file in shard_names(len(plan))}
+    return {file: done[file] for file in files}
 
 
 def _describe(weights: Weights, layout: Layout, plan: list) -> dict:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fathom import ops
 from fathom.checkpoint.names import places, released_name, scale_of
 from fathom.config import ModelConfig, QuantizationConfig
 from fathom.errors import CheckpointError
@@ -24,7 +25,6 @@ from fathom.quant.formats import (
     FP4_BLOCK,
     TILE,
     Packed,
-    dequantise,
     fp4_to_fp8,
     quantise_fp4,
     quantise_fp8,
@@ -104,7 +104,7 @@ def encode(name: str, weight: Weight, layout: Layout) -> dict[str, Tensor]:
     """
     if not is_quantised(name, layout):
         (stored,) = stored_parts(name, tuple(weight.shape), layout, _is_integer(weight)).values()
-        return {name: dequantise(weight, stored.dtype) if isinstance(weight, Packed) else weight.to(stored.dtype)}
+        return {name: ops.dense(weight, stored.dtype) if isinstance(weight, Packed) else weight.to(stored.dtype)}
     packed = quantised(name, weight, layout)
     return {name: packed.codes, scale_of(name): packed.scale}
 
@@ -140,7 +140,7 @@ def rounded_weights(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         released = released_name(name).replace("*", "0")
         if is_quantised(released, layout):
-            rounded[name] = dequantise(quantised(released, parameter, layout), parameter.dtype)
+            rounded[name] = ops.dense(quantised(released, parameter, layout), parameter.dtype)
         else:
             (stored,) = stored_parts(released, tuple(parameter.shape), layout).values()
             rounded[name] = parameter.to(stored.dtype).to(parameter.dtype)
@@ -167,7 +167,7 @@ def quantised_in(model: nn.Module, layout: Layout) -> set[str]:
 
 
 def _plain(weight: Weight) -> Tensor:
-    return dequantise(weight) if isinstance(weight, Packed) else weight
+    return ops.dense(weight, torch.float32) if isinstance(weight, Packed) else weight
 
 
 def _is_integer(weight: Weight) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fathom import ops
 from fathom.checkpoint.layouts import (
     FLOAT32,
     Layout,
@@ -31,7 +32,7 @@ from fathom.files import new_folder
 from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
-from fathom.quant.formats import E4M3, E8M0, Packed, dequantise
+from fathom.quant.formats import E4M3, E8M0, Packed
 from fathom.quant.rounding import ReleasedRounding
 
 SHARD_BYTES = 2 << 30
@@ -137,7 +138,7 @@ def _fill(found: dict[str, Place], name: str, weights: Weights) -> None:
         place.view.copy_(weight.codes)
         found[scale_of(name)].view.copy_(weight.scale)
     elif isinstance(weight, Packed):
-        place.view.copy_(dequantise(weight, place.tensor.dtype))
+        place.view.copy_(ops.dense(weight, place.tensor.dtype))
     else:
         if not place.tensor.is_floating_point() and not 0 <= int(weight.min()) <= int(weight.max()) < _experts(found):
             raise CheckpointError(f"{weights.folder / weights.shards.file_of[name]} is damaged: {name} names an expert that "

@@ -6,7 +6,10 @@
 import json
 import resource
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,8 +63,9 @@ def write(folder: Path) -> int:
 def run(folder: Path) -> dict[str, float]:
     """Load it packed, prefill, decode with the released cache; seconds, and the process's peak memory in bytes."""
     torch.manual_seed(0)
-    began = time.monotonic()
-    model = fathom.load_model(folder, torch.bfloat16, packed=True, simulate_quantization=True)
+    before, began = _anonymous_bytes(), time.monotonic()
+    with _watched(_anonymous_bytes) as seen:
+        model = fathom.load_model(folder, torch.bfloat16, packed=True, simulate_quantization=True)
     loaded = time.monotonic()
     cache = model.new_cache(1, PROMPT + STEPS, quantized=True)
     logits = model(torch.randint(0, 4096, (1, PROMPT)), cache=cache, last_only=True).logits
@@ -72,7 +76,31 @@ def run(folder: Path) -> dict[str, float]:
     return {"load_seconds": loaded - began, "prefill_seconds": prefilled - loaded,
             "decode_seconds_a_token": (time.monotonic() - prefilled) / STEPS, "finite": bool(logits.isfinite().all()),
             "logit_std": float(logits.std()), "held_bytes": held,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+            "load_peak_bytes": max(seen) - before, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def _anonymous_bytes() -> int:
+    """What the process holds of its own, without the pages of mapped files, as Linux counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@contextmanager
+def _watched(measure: Callable[[], int]) -> Iterator[list[int]]:
+    """Collects a measure every two milliseconds while the block runs."""
+    seen, over = [measure()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            seen.append(measure())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 if __name__ == "__main__":
