@@ -85,13 +85,14 @@ def _write_shards(weights: Weights, plan: list[list[dict[str, Stored]]], layout:
     done = _finished(partial, work)
     if not done:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     sizes = [sum(stored.nbytes for unit in units for stored in unit.values()) for units in plan]
     files = shard_names(len(plan))
+    partial.parent.mkdir(parents=True, exist_ok=True)
     missing = sum(size for file, size in zip(files, sizes, strict=True) if file not in done)
-    if missing > (free := shutil.disk_usage(partial).free):
-        raise CheckpointError(f"{partial.parent} has {free / 1e9:.2f} GB left and the conversion needs {missing / 1e9:.2f} GB more; make "
+    if missing > (free := shutil.disk_usage(partial.parent).free):
+        raise CheckpointError(f"{partial.parent} has {free / 1e6:,.1f} MB left and the conversion needs {missing / 1e6:,.1f} MB; make "
                               "room, or name a folder elsewhere")
+    partial.mkdir(exist_ok=True)
     with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(),
                   TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"to {layout}", total=sum(sizes))

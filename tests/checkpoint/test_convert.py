@@ -214,6 +214,13 @@ def test_logits_after_conversion_are_the_models_on_rounded_weights(source, tmp_p
     assert errors[0] == 0 and errors == sorted(errors) and errors[3] < exact.std()
 
 
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3_000_000}))
+    with pytest.raises(CheckpointError, match=r"has 3\.0 MB left and the conversion needs [\d.]+ MB"):
+        run(source, tmp_path / "model", "fp32")
+    assert not list(tmp_path.iterdir())
+
+
 def _small_files() -> None:
     """Writes beyond 500 kB of one file fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
