@@ -1,8 +1,10 @@
 """The operators: everything heavy that the layers above may call, each a definition behind dispatch."""
 
 import fathom.ops.cpu.attention
+import fathom.ops.cpu.index_topk
 import fathom.ops.cpu.linear
 import fathom.ops.cpu.losses
+import fathom.ops.cpu.selected_attention
 import fathom.ops.cpu.streams
 from fathom.ops.attention import (
     Entries,

@@ -19,10 +19,17 @@ def index_scores(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor) -> Tensor
 @op
 def index_topk(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, first_BS: Tensor, count_BS: Tensor,
                k: int) -> Tensor:
-    """Slots [B, S, min(k, M)] of the k best visible entries, -1 behind the last; equal scores: the earlier entry first."""
+    """Slots [B, S, min(k, M)] of the k best visible entries, ascending, -1 behind the last; of equal scores the earlier entry's."""
     visible_BSM = visible_entries(first_BS, count_BS, keys_BMD.shape[1])
     score_BSM = index_scores(q_BSHD, weight_BSH, keys_BMD).masked_fill(~visible_BSM, float("-inf"))
     slot_BSM = score_BSM.sort(dim=-1, descending=True, stable=True).indices
-    selected_BSK = slot_BSM[..., :k]
-    rank_K = torch.arange(selected_BSK.shape[-1], device=selected_BSK.device)
-    return selected_BSK.masked_fill(rank_K >= count_BS[..., None], -1)
+    best_BSK = slot_BSM[..., :k]
+    rank_K = torch.arange(best_BSK.shape[-1], device=best_BSK.device)
+    return ascending(best_BSK.masked_fill(rank_K >= count_BS[..., None], -1))
+
+
+def ascending(slot: Tensor) -> Tensor:
+    """Slots [..., K] in order, with -1 (none) behind the last."""
+    last = torch.iinfo(slot.dtype).max
+    ordered = slot.masked_fill(slot < 0, last).sort(dim=-1).values
+    return ordered.masked_fill_(ordered == last, -1)

@@ -1,6 +1,7 @@
 """FP8 (e4m3) and FP4 (e2m1) numbers with power-of-two block scales, as the release stores them (report 2.3.4, 5.2.1).
 
-Everything here is exact or rounds once, to nearest with ties to even. Knows tensors only: no names, no model, no files.
+Everything here is exact or rounds once, to nearest with ties to even, from float32 (float64 is rounded to that first). Knows tensors
+only: no names, no model, no files.
 """
 
 import math
@@ -52,7 +53,7 @@ class Packed:
 
 
 def block_scale(largest: Tensor, limit: float) -> Tensor:
-    """The smallest powers of two s with largest <= limit * s, in float32; `largest` [...] above 0."""
+    """The smallest powers of two s with largest <= limit * s, in float32; `largest` [...] from limit * 2^-126."""
     mantissa, exponent = torch.frexp(largest.float())
     limit_mantissa, limit_exponent = math.frexp(limit)
     exponent = exponent - limit_exponent + (mantissa > limit_mantissa).int()
@@ -76,7 +77,7 @@ def quantise_fp4(weight: Tensor) -> Packed:
 
 
 def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix [..., O, I]: code times scale, exact in float32 and bfloat16 where the scale is a power of two."""
+    """The matrix [..., O, I]: code times scale, exact in float32, and in bfloat16, for powers of two from 2^-124."""
     shape, scale = packed.shape, packed.scale.float()
     if packed.is_fp4:
         blocks = _blocks(decode_e2m1(unpack_nibbles(packed.codes)), FP4_BLOCK)
@@ -87,8 +88,8 @@ def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 def fp4_to_fp8(packed: Packed, scale_dtype: torch.dtype = E8M0) -> tuple[Packed, Tensor]:
     """The same matrix in FP8, and the mask [..., o, i] of the tiles of 128 x 128 that could not be moved exactly.
 
-    A tile's FP8 scale is its largest FP4 scale / 64. That is exact while the tile's FP4 scales lie within a factor of 2^14 (of the
-    nonzero values'); every value is checked, and the codes of an inexact tile must not be used.
+    A tile's FP8 scale is its largest FP4 scale / 64. That is exact while the scales of its nonzero values lie within a factor of 2^14
+    of that; every value is checked, and the codes of an inexact tile must not be used.
     """
     values = decode_e2m1(unpack_nibbles(packed.codes))
     tiles = _tiles(values)

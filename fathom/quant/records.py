@@ -1,8 +1,8 @@
 """How one cached vector lies in memory: plainly, or in the bytes of the release (report 2.3.4).
 
-An entry's record: its plain channels in FP8, its rotary channels in BF16, one scale byte for each 64 plain channels, filled up to a multiple of
-eight (448 + 128 + 8 = 584 bytes for 512 channels). An index key's: two FP4 codes a byte, one scale byte for each 32 (64 + 4 = 68
-bytes for 128 channels).
+An entry's record: its plain channels in FP8, its rotary channels in BF16, one scale byte for each 64 plain channels, filled up to
+a multiple of eight (448 + 128 + 8 = 584 bytes for 512 channels). An index key's: two FP4 codes a byte, one scale byte for each 32
+(64 + 4 = 68 bytes for 128 channels).
 """
 
 import torch

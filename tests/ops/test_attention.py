@@ -6,6 +6,7 @@ import torch
 from fathom import ops
 from fathom.ops.attention import Entries, Window, attended_entries, attention, entry_mass
 from fathom.ops.cpu.attention import attention_cpu, entry_mass_cpu
+from fathom.ops.cpu.selected_attention import attention_gathered
 
 B, H, D, RATIO = 2, 3, 8, 4
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -221,3 +222,35 @@ def test_cpu_is_chosen_for_enough_queries_in_float32_and_masses_without_gradient
         for dtype in (torch.float64, torch.bfloat16):
             for op in (attention, entry_mass):
                 assert op.choose(*cast(CASES["packed"], dtype))[0] == "definition"
+
+
+def without_repetition(arguments):
+    """The same with each entry selected at most once by a query, as any selection is."""
+    q, window, entries, sink = arguments
+    slot, order = entries.selected_BSK.sort(-1)
+    again = torch.zeros_like(slot, dtype=torch.bool)
+    again[..., 1:] = slot[..., 1:] == slot[..., :-1]
+    return q, window, entries._replace(selected_BSK=slot.masked_fill(again, -1)), sink
+
+
+SELECTING = {name: without_repetition(arguments) for name, arguments in CASES.items()
+             if arguments[2] is not None and arguments[2].selected_BSK is not None and arguments[2].kv_BMD.shape[1]}
+
+
+@pytest.mark.parametrize("arguments", SELECTING.values(), ids=SELECTING.keys())
+@torch.no_grad()
+def test_gathered_attention_equals_the_definition(arguments):
+    expected, half = attention.definition(*arguments), cast(arguments, torch.float32)
+    out = attention_gathered(*half)
+    torch.testing.assert_close(out.double(), expected, **CLOSE)
+    assert torch.equal(out, attention_gathered(*half))
+
+
+@torch.no_grad()
+def test_gathering_takes_over_where_few_of_many_entries_are_selected():
+    few = cast(problem(20, whole(300), "blocks", selected=5), torch.float32)
+    many = cast(problem(20, whole(100), "blocks", selected=5), torch.float32)
+    one = cast(problem(20, torch.tensor([[300], [170]]), "blocks", 5, torch.tensor([300, 170])), torch.float32)
+    assert [attention.choose(*arguments)[0] for arguments in (few, many, one)] == ["gathered", "cpu", "gathered"]
+    with torch.enable_grad():
+        assert attention.choose(*few)[0] == "cpu"

@@ -130,10 +130,12 @@ def assert_same_bits(got, expected):
 
 
 def spread(shape, seed, low=-20, high=20):
-    """Random float32 numbers between about 2^low and 2^high, every seventh zero, row after row of another size."""
+    """Random float32 numbers, a row's size between 2^low and 2^high, each 16 channels up to 2^12 below it, every seventh zero."""
     generator = torch.Generator().manual_seed(seed)
-    size = torch.randint(low, high + 1, (*shape[:-1], 1), generator=generator).double()
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2**size
+    row = torch.randint(low, high + 1, (*shape[:-1], 1), generator=generator)
+    below = torch.randint(0, 13, (*shape[:-1], -(-shape[-1] // 16)), generator=generator)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x *= 2**(row - below).double().repeat_interleave(16, -1)[..., :shape[-1]]
     x.view(-1)[::7] = 0
     return x.float()
 
@@ -356,7 +358,7 @@ def test_scales_that_are_no_powers_of_two_are_multiplied_with():
 def half_ulp(x, table):
     """The largest error of a number (float64) that was rounded: half a step of its binade, or of the values next to zero.
 
-    e4m3: |x| 2^-4 and 2^-10. e2m1 has one bit of mantissa, so steps of at most |x| / 2 from 1 on and of 1/2 below: |x| / 4 and 1/4.
+    e4m3: |x| 2^-4 and 2^-10. e2m1 has one bit of mantissa: steps of at most |x| / 2 from 1 on, of 1/2 below: |x| / 4 and 1/4.
     """
     return np.maximum(np.abs(x) * (2.0**-4 if len(table) > 8 else 0.25), 2.0**-10 if len(table) > 8 else 0.25)
 

@@ -55,6 +55,11 @@ def _blocks(window: Window, entries: Entries | None) -> Iterator[tuple[_Block, T
         yield _Block(queries, places, slots), seen_BCJ
 
 
+def window_blocks(window: Window) -> Iterator[tuple[_Block, Tensor]]:
+    """Blocks of queries with their window keys' mask [B, C, J] alone."""
+    return _blocks(window, None)
+
+
 def _probabilities(q_BSHD: Tensor, window: Window, entries: Entries | None,
                    sink_H: Tensor) -> Iterator[tuple[_Block, Tensor, Tensor]]:
     """Each block with its keys [B, J, D] and the softmax [B, R, J] of its scores."""
@@ -109,24 +114,29 @@ def _differentiable(q_BSHD: Tensor, window: Window, entries: Entries | None, sin
     return [q_BSHD, window.kv_BTD, sink_H] + ([] if entries is None else [entries.kv_BMD])
 
 
-def _wants_grad(*arguments) -> bool:
+def asks_for_gradients(*arguments) -> bool:
+    """Whether autograd will ask for gradients of an attention operator's arguments."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in _differentiable(*arguments))
 
 
+def supports(q_BSHD: Tensor, *others) -> bool:
+    """Whether all tensors [B, S, H, D] ... that gradients could reach are float32 on a CPU."""
+    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in _differentiable(q_BSHD, *others))
+
+
 def _supports(q_BSHD: Tensor, *others) -> bool:
-    return q_BSHD.shape[1] >= _MIN_QUERIES and all(
-        x.dtype == torch.float32 and x.device.type == "cpu" for x in _differentiable(q_BSHD, *others))
+    return q_BSHD.shape[1] >= _MIN_QUERIES and supports(q_BSHD, *others)
 
 
 @attention.register("cpu", supports=_supports)
 def attention_cpu(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> Tensor:
     """`attention` for float32 and enough queries; probabilities are kept only where autograd will ask for gradients."""
-    wants_grad = _wants_grad(q_BSHD, window, entries, sink_H)
+    wants_grad = asks_for_gradients(q_BSHD, window, entries, sink_H)
     kv_BMD = None if entries is None else entries.kv_BMD
     return _Attention.apply(q_BSHD, window.kv_BTD, kv_BMD, sink_H, window, entries, wants_grad)
 
 
-@entry_mass.register("cpu", supports=lambda *arguments: _supports(*arguments) and not _wants_grad(*arguments))
+@entry_mass.register("cpu", supports=lambda *arguments: _supports(*arguments) and not asks_for_gradients(*arguments))
 def entry_mass_cpu(q_BSHD: Tensor, window: Window, entries: Entries, sink_H: Tensor) -> Tensor:
     """`entry_mass` for float32 and enough queries, where no gradient is asked for."""
     mass_BSM = q_BSHD.new_zeros(*q_BSHD.shape[:2], entries.kv_BMD.shape[1])
