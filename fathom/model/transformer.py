@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fathom import ops
 from fathom.config import ModelConfig
 from fathom.errors import InputError
 from fathom.model.attention import Phase

@@ -6,7 +6,6 @@ The recipe is this file's `Pretrain`; the steps are the loop's.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fathom
-from fathom.checkpoint.layouts import Stored, stored_tensors
+from fathom.checkpoint.layouts import stored_tensors
 from fathom.checkpoint.released import write_configs
 from fathom.checkpoint.shards import plan_shards, shard_names, write_index, write_shard
 from fathom.config import ModelConfig

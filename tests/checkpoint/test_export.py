@@ -3,13 +3,13 @@
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import fathom
 from fathom.checkpoint.convert import convert
 from fathom.checkpoint.layouts import LAYOUTS
 from fathom.checkpoint.released import save_model
 from fathom.text.tokenizer import Tokenizer
-from rich.console import Console
 from tests.models import random_model, random_tokens, small_config
 
 CONFIG = small_config([0, 4, 128], hidden_size=256, moe_intermediate_size=128, vocab_size=320)

@@ -15,7 +15,7 @@ from fathom.model.layers import Linear, rotate
 from fathom.quant import rounding as rounding_module
 from fathom.quant.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
-from tests.quant.test_formats import E2M1_TABLE, E4M3_TABLE, blocks_by_definition, sylvester
+from tests.quant.oracle import E2M1_TABLE, E4M3_TABLE, blocks_by_definition, sylvester
 
 CONFIG = small_config([0, 4, 128], hidden_size=256, moe_intermediate_size=96, head_dim=160, index_head_dim=64, qk_rope_head_dim=32)
 TOKENS = random_tokens(CONFIG, 2, 140)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fathom import ops
 from fathom.quant.formats import E4M3, E8M0, Packed, dequantise
 from fathom.quant.rounding import EXACT, ReleasedRounding
-from tests.quant.test_formats import E4M3_TABLE, blocks_by_definition
+from tests.quant.oracle import E4M3_TABLE, blocks_by_definition
 
 LIMIT = 2.0
 KINDS = [("fp4", E8M0, torch.float32), ("fp4", E8M0, torch.bfloat16), ("fp8", E8M0, torch.float32),

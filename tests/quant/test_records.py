@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from fathom.quant.formats import round_fp4
-from fathom.quant.records import EntryRecord, KeyRecord, PlainRecord, entry_bytes, key_bytes
+from fathom.quant.records import (
+    EntryRecord,
+    KeyRecord,
+    PlainRecord,
+    entry_bytes,
+    key_bytes,
+)
 from fathom.quant.rounding import ReleasedRounding
-from tests.quant.test_formats import (
+from tests.quant.oracle import (
     E2M1_TABLE,
     E4M3_TABLE,
     FLOATS,

@@ -6,7 +6,7 @@ import torch
 
 from fathom.quant.formats import hadamard, round_fp4
 from fathom.quant.rounding import EXACT, ReleasedRounding, Rounding
-from tests.quant.test_formats import (
+from tests.quant.oracle import (
     E2M1_TABLE,
     E4M3_TABLE,
     FLOATS,
