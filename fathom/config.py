@@ -157,7 +157,7 @@ class ModelConfig:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None

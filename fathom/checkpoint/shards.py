@@ -148,12 +148,13 @@ def _read_index(folder: Path) -> dict | None:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         files = set(index["weight_map"].values())
+        index.setdefault("metadata", {}).setdefault("sha256", {}).items()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is damaged: it must be a JSON object with a weight_map") from None
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or len(file.encode()) > 255 or not file.isprintable():
             raise CheckpointError(f"{path} names {file!r}, which is no file of this folder")
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file}, named in the index, is missing")

@@ -1,4 +1,4 @@
-"""FP8 and FP4 folders made by an independent writer: read exactly, kept packed, saved bit for bit; every damage named in one line."""
+"""FP8 and FP4 folders made by an independent writer: read exactly, kept packed, saved bit for bit; damage named in one line."""
 
 import json
 import pickle
@@ -8,12 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fathom
 from fathom.checkpoint.released import save_model
 from fathom.config import QuantizationConfig
-from fathom.errors import CheckpointError
+from fathom.errors import CheckpointError, FathomError
 from tests.models import random_model, random_tokens, small_config
 
 E8M0, E4M3 = torch.float8_e8m0fnu, torch.float8_e4m3fn
@@ -175,12 +176,103 @@ def test_a_base_models_own_mtp_embedding_and_head_are_used_and_kept(tmp_path):
     assert all(same_bits(saved[name], tensor) for name, tensor in own.items())
 
 
+def test_bfloat16_holds_every_number_whose_scale_is_a_power_of_two(made, kind):
+    folder, exact = made
+    model = fathom.load_model(folder, torch.bfloat16)
+    attention, gate = model.blocks[1].attention, model.blocks[2].moe.experts.gate
+    for weight, name in ((attention.query_up.weight, "layers.1.attn.wq_b"), (attention.output_down.weight, "layers.1.attn.wo_a"),
+                         (gate[5], "layers.2.ffn.experts.5.w1"), (model.mtp[0].embed_proj.weight, "mtp.0.e_proj")):
+        expected = torch.from_numpy(exact[f"{name}.weight"])
+        if kind == "official-fp4":
+            assert torch.equal(weight.double(), expected)
+        else:  # arbitrary scales: the float32 product, rounded once more
+            assert torch.equal(weight, expected.float().bfloat16())
+
+
+def test_a_packed_bfloat16_model_holds_the_files_bytes_and_no_more(made):
+    folder, _ = made
+    model = fathom.load_model(folder, torch.bfloat16, packed=True)
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    tables = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith("tid2eid"))
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert tables and held == sum(tensor.nbytes for tensor in tensors.values()) + tables  # int32 there, int64 here
+
+
+def test_codes_at_odd_addresses_are_read_exactly(tmp_path):
+    """A scale of one byte moves the weight that follows it in the file."""
+    config = small_config([0], num_hash_layers=1, **SIZES["short tiles"])
+    exact = write(tmp_path / "model", config, "official-fp4")
+    tensors = {name: tensor for file in (tmp_path / "model").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    shutil.copytree(tmp_path / "model", tmp_path / "odd", ignore=shutil.ignore_patterns("*.safetensors*"))
+    pair = {name: tensors.pop(name) for name in ("layers.0.attn.wkv.scale", "layers.0.attn.wkv.weight")}
+    save_file(pair, tmp_path / "odd" / "pair.safetensors")
+    save_file(tensors, tmp_path / "odd" / "others.safetensors")
+    with safe_open(tmp_path / "odd" / "pair.safetensors", "pt") as file:
+        assert file.get_tensor("layers.0.attn.wkv.weight").data_ptr() % 2 == 1
+    got = values_of(tmp_path / "plain", fathom.load_model(tmp_path / "odd"))
+    assert all(np.array_equal(got[name].numpy(), expected.astype(np.float32)) for name, expected in exact.items())
+
+
+OWN = ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight")
+
+
+@torch.no_grad()
+def test_own_mtp_embedding_and_head_are_each_used_where_they_belong(tmp_path):
+    write(tmp_path / "shared", CONFIG, "official-fp8")
+    shared, tokens = fathom.load_model(tmp_path / "shared"), random_tokens(CONFIG, 1, 20)
+    embedding, head = shared.embed.weight.bfloat16(), shared.head.weight.bfloat16()
+
+    def logits(name, embedding, head, tokens=tokens):
+        folder = tmp_path / name
+        if not folder.exists():
+            write(folder, CONFIG, "official-fp8", dict(zip(OWN, (embedding, head), strict=True)))
+        model = fathom.load_model(folder)
+        assert torch.equal(model(tokens).logits, shared(tokens).logits)  # the model itself never sees them
+        return model.mtp_logits(tokens)
+
+    usual = shared.mtp_logits(tokens)
+    assert torch.equal(logits("copies", embedding.clone(), head.clone()), usual)
+    assert torch.equal(logits("twice", embedding.clone(), head * 2), usual * 2)
+    changed = tokens.clone()
+    changed[0, -1] += 1 if tokens[0, -1] == 0 else -1
+    assert (shared.mtp_logits(changed) - usual).abs().max() > 0.1  # the last prediction sees the last token's embedding
+    alike = embedding[:1].expand_as(embedding).contiguous()
+    one, other = (logits("alike", alike, head.clone(), each) for each in (changed, tokens))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_one_of_the_two_own_mtp_tensors_alone_is_named(tmp_path):
+    table = torch.zeros(CONFIG.vocab_size, CONFIG.hidden_size, dtype=torch.bfloat16)
+    for name, words in zip(OWN, ("missing mtp.0.head.weight", "unexpected mtp.0.head.weight"), strict=True):
+        write(tmp_path / name, CONFIG, "official-fp8", {name: table})
+        with pytest.raises(CheckpointError, match=words):
+            fathom.load_model(tmp_path / name)
+
+
+def test_experts_in_several_formats_load_but_do_not_stay_packed(tmp_path):
+    write(tmp_path / "model", CONFIG, "official-fp4")
+    name, codes = "layers.1.ffn.experts.2.w1", torch.full((128, 256), 3.0)
+    rewrite(tmp_path / "model", f"{name}.weight", lambda _: codes.to(E4M3))
+    rewrite(tmp_path / "model", f"{name}.scale", lambda _: torch.full((1, 2), 0.3))
+    model = fathom.load_model(tmp_path / "model")
+    assert torch.equal(model.blocks[1].moe.experts.gate[2], codes * torch.tensor(0.3))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn\.experts\.\*\.w1\.weight is stored in several formats") as error:
+        fathom.load_model(tmp_path / "model", packed=True)
+    assert "\n" not in str(error.value)
+
+
 # ---- damage
 
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("intact") / "model"
+    write(folder, CONFIG, "official-fp4")
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    write(tmp_path / "model", CONFIG, "official-fp4")
-    return tmp_path / "model"
+def folder(tmp_path, intact):
+    return shutil.copytree(intact, tmp_path / "model")
 
 
 def rewrite(folder, name, change):
@@ -214,10 +306,13 @@ WEIGHT, SCALE, EXPERT = "layers.1.attn.wkv.weight", "layers.1.attn.wkv.scale", "
     (SCALE, lambda t: torch.full(t.shape, float("nan")), f"{SCALE} holds a scale"),
     (SCALE, lambda t: torch.full(t.shape, -1.0), f"{SCALE} holds a scale"),
     (EXPERT, lambda t: with_byte(t, 255), f"{EXPERT} holds a scale"),
+    (SCALE, lambda t: torch.full(t.shape, float("inf")), f"{SCALE} holds a scale"),
+    (SCALE, lambda t: torch.tensor([[1.0, 0.0]]), f"{SCALE} holds a scale"),
     (WEIGHT, lambda t: with_byte(t, 127), f"{WEIGHT} holds an FP8 code that is no number"),
     (WEIGHT, lambda t: with_byte(t, 255), f"{WEIGHT} holds an FP8 code that is no number"),
     (WEIGHT, lambda t: t.view(torch.uint8)[:-1].contiguous().view(E4M3), f"{WEIGHT} has shape [31, 256]"),
     ("layers.0.ffn.gate.tid2eid", lambda t: t + 6, "layers.0.ffn.gate.tid2eid names an expert that does not exist"),
+    ("layers.0.ffn.gate.tid2eid", lambda t: t + (t == t.max()), "layers.0.ffn.gate.tid2eid names an expert that does not exist"),
     ("layers.0.ffn.gate.tid2eid", lambda t: t - 1, "layers.0.ffn.gate.tid2eid names an expert that does not exist"),
     ("layers.0.ffn.gate.tid2eid", lambda t: t.float(), "layers.0.ffn.gate.tid2eid has dtype F32"),
     ("embed.weight", lambda t: t * float("inf"), "embed.weight holds a value that is no finite number"),
@@ -272,10 +367,30 @@ def flip_a_bit_behind_a_checksum(folder):
     path.write_text(json.dumps(index))
 
 
+@pytest.mark.parametrize("metadata", [None, [], "x", {"sha256": None}, {"sha256": "x"}])
+def test_metadata_that_is_no_object_is_one_line(folder, metadata):
+    path, index = index_of(folder)
+    path.write_text(json.dumps(index | {"metadata": metadata}))
+    with pytest.raises(CheckpointError, match="index.json is damaged"):
+        fathom.load_model(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff{}"])
+def test_json_that_cannot_be_read_is_one_line(folder, file, content):
+    (folder / file).write_bytes(content)
+    with pytest.raises(FathomError) as error:
+        fathom.load_model(folder)
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("damage, words", [
     (lose_a_shard, "model-00002-of-00003.safetensors, named in the index, is missing"),
     (truncate, "model-00002-of-00003.safetensors is damaged"),
     (break_the_index, "index.json is damaged"),
+    (lambda folder: index_of(folder)[0].write_text("[]"), "index.json is damaged"),
+    (lambda folder: index_of(folder)[0].write_bytes(b"\xff{"), "index.json is damaged"),
+    (lambda folder: index_of(folder)[0].write_text('{"weight_map": [1]}'), "index.json is damaged"),
     (point_outside, "names '../model-00001-of-00003.safetensors', which is no file of this folder"),
     (point_to_the_wrong_shard, "says that embed.weight is in model-00003-of-00003.safetensors"),
     (repeat_a_shard, "is in both"),

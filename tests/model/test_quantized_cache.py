@@ -1,7 +1,7 @@
 """The cache in the released formats: its bytes, and that it changes no number of a model that rounds like the release.
 
-Float32 sums differ by 1e-7 with the shape of a call, which now and then moves a number to the next FP8 or FP4 value, and the layers
-behind carry that on. Splits and batches are therefore compared in float64, where a rounding is never moved and a wrong
+Float32 sums differ by 1e-7 with the shape of a call, which now and then moves a number to the next FP8 or FP4 value, and the
+layers behind carry that on. Splits and batches are therefore compared in float64, where a rounding is never moved and a wrong
 token is told from a rounding; of float32 what can be asked is that hardly a record and hardly a logit differs.
 """
 

@@ -5,6 +5,7 @@ Logits would not do: a sum that differs by 1e-7 may round to the next value. Rou
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fathom
 from fathom import ops
@@ -15,9 +16,10 @@ from fathom.model.layers import Linear, rotate
 from fathom.quant import rounding as rounding_module
 from fathom.quant.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
-from tests.quant.oracle import E2M1_TABLE, E4M3_TABLE, blocks_by_definition, sylvester
+from tests.quant.oracle import E2M1_TABLE, E4M3_TABLE, blocks_by_definition, spread, sylvester
 
-CONFIG = small_config([0, 4, 128], hidden_size=256, moe_intermediate_size=96, head_dim=160, index_head_dim=64, qk_rope_head_dim=32)
+CONFIG = small_config([0, 4, 128], hidden_size=256, moe_intermediate_size=96, head_dim=160, index_head_dim=64,
+                      qk_rope_head_dim=32)
 TOKENS = random_tokens(CONFIG, 2, 140)
 ROUNDED = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_b", "indexer.wq_b", "shared_experts.w1", "shared_experts.w2",
            "shared_experts.w3", "e_proj", "h_proj")
@@ -135,7 +137,9 @@ def test_the_hadamard_rotation_alone_changes_nothing(folders, monkeypatch):
     exact, model = (fathom.load_model(folders / "fp32", simulate_quantization=on) for on in (False, True))
     monkeypatch.setattr(rounding_module, "round_fp4", lambda x: x)
     monkeypatch.setattr(rounding_module, "round_fp8", lambda x, block: x)
-    torch.testing.assert_close(model(TOKENS).logits, exact(TOKENS).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(TOKENS).logits, exact(TOKENS).logits, atol=1e-5, rtol=0)
+    x = spread((3, 64), 1)
+    torch.testing.assert_close(model.blocks[1].attention.rounding.index(x), x @ torch.from_numpy(sylvester(64)).float() / 8)
     monkeypatch.undo()
     assert (model(TOKENS).logits - exact(TOKENS).logits).abs().mean() > 1e-3
 
@@ -160,3 +164,133 @@ def test_the_inverse_rotation_and_scores_are_not_rounded(folders):
     grouped = rotate(out, angle[:, :, None], inverse=True).flatten(2).unflatten(-1, (2, -1))
     expected = torch.einsum("bsgi,gri->bsgr", grouped, attention.output_down.weight.unflatten(0, (2, -1))).flatten(2)
     torch.testing.assert_close(calls[0], expected, atol=1e-4, rtol=0)
+
+
+# ---- what is multiplied, bit for bit: from the numbers that really went in, by the same call of torch
+
+SETTINGS = [("official-fp4", True), ("official-fp8", True), ("official-fp4", False), ("bf16", True)]
+
+
+def rounds_inputs(layout, simulated):
+    return simulated and layout != "bf16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout, simulated", SETTINGS)
+@torch.no_grad()
+def test_every_linear_layer_gives_the_product_with_its_rounded_or_exact_input(folders, layout, simulated, dtype):
+    model, seen = fathom.load_model(folders / layout, dtype, simulate_quantization=simulated), {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            key = released_name(f"{name}.weight").removesuffix(".weight")
+            module.register_forward_hook(lambda one, args, out, key=key: seen.update({key: (one, args[0], out)}))
+    model.mtp_logits(TOKENS[:1, :20])  # the trunk, the MTP block and the head
+    for name, (module, x, out) in seen.items():
+        x = x.float() if module.wide else x
+        exact, rounded = (F.linear(each, module.weight.to(x.dtype)) for each in (x, fp8(x, 128)))
+        assert torch.equal(out, rounded if rounds_inputs(layout, simulated) and name.endswith(ROUNDED) else exact), name
+        assert not torch.equal(rounded, exact), name
+    assert seen.keys() >= {
+        "layers.1.attn.wq_a", "layers.1.attn.indexer.wq_b", "layers.1.attn.indexer.weights_proj", "layers.2.attn.compressor.wkv",
+        "layers.1.attn.indexer.compressor.wkv", "layers.0.ffn.shared_experts.w2", "mtp.0.e_proj", "mtp.0.attn.wo_b", "head"}
+
+
+@pytest.mark.parametrize("layout, simulated", SETTINGS)
+@torch.no_grad()
+def test_wo_a_multiplies_exact_inputs(folders, layout, simulated):
+    attention = fathom.load_model(folders / layout, simulate_quantization=simulated).blocks[1].attention
+    out = spread((2, 5, 4, CONFIG.head_dim), 1, -14, 3)
+    given = []
+    attention.output_up.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    attention._project(out)
+    weight = attention.output_down.weight.unflatten(0, (2, -1))
+    exact, rounded = (torch.einsum("bsgi,gri->bsgr", x.flatten(2).unflatten(-1, (2, -1)), weight).flatten(2)
+                      for x in (out, fp8(out, 128)))
+    assert torch.equal(given[0], exact) and not torch.equal(given[0], rounded)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layout, simulated", SETTINGS)
+@torch.no_grad()
+def test_the_router_gets_exact_inputs_and_experts_rounded_ones(folders, layout, simulated, layer):
+    """One token at a time, so that gate and up are the very same calls; the routing weight goes into the rounding before down."""
+    moe = fathom.load_model(folders / layout, simulate_quantization=simulated).blocks[layer].moe
+    limit, on = CONFIG.swiglu_limit, rounds_inputs(layout, simulated)
+    experts = moe.experts.gate, moe.experts.up, moe.experts.down
+    shared = [part.weight for part in (moe.shared.gate, moe.shared.up, moe.shared.down)]
+
+    def expert(x, gate, up, down, weight, on):
+        given = fp8(x, 128) if on else x
+        hidden = F.silu(F.linear(given, gate).clamp(max=limit)) * F.linear(given, up).clamp(-limit, limit) * weight
+        return F.linear(fp8(hidden, 128) if on else hidden, down)
+
+    def whole(x, token, on):
+        affinity = F.softplus(F.linear(x, moe.router.weight)).sqrt()
+        chosen = moe.router.table[token] if layer == 0 else (affinity + moe.router.bias).topk(3).indices
+        weight = affinity.gather(-1, chosen) / affinity.gather(-1, chosen).sum() * CONFIG.routed_scaling_factor
+        return expert(x, *shared, 1, on) + sum(expert(x, *(stack[e] for stack in experts), w, on)
+                                               for e, w in zip(chosen[0].tolist(), weight[0], strict=True))
+
+    for seed in range(5):
+        x, token = spread((1, CONFIG.hidden_size), seed, -14, 2), torch.tensor([7 * seed])
+        got = moe(x[None], token[None], None, False)[0][0]
+        assert (got - whole(x, token, on)).abs().max() < 2e-6 * got.abs().max()
+        assert (got - whole(x, token, not on)).abs().max() > 1e-4 * got.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout, simulated", SETTINGS)
+@torch.no_grad()
+def test_attention_gets_rounded_keys_and_exact_queries_in_every_block(folders, monkeypatch, layout, simulated, dtype):
+    """Their plain channels, which no rotation touches, bit for bit; of the rotary ones the length. The first 36 keys will do."""
+    model = fathom.load_model(folders / layout, dtype, simulate_quantization=simulated)
+    blocks, plain = [*model.blocks, *model.mtp], CONFIG.head_dim - CONFIG.qk_rope_head_dim
+    calls, queries, normed, attend = [], [], {}, ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args: (calls.append(args), attend(*args))[1])
+    for number, block in enumerate(blocks):
+        attention = block.attention
+        attention.query_up.register_forward_hook(lambda _, args, out: queries.append(out))
+        attention.key_value_norm.register_forward_hook(lambda _, args, out, key=(number, "window"): normed.update({key: out}))
+        if attention.compressor is not None:
+            attention.compressor.norm.register_forward_hook(
+                lambda _, args, out, key=(number, "entries"): normed.update({key: out}))
+    model.mtp_logits(TOKENS[:1])
+    assert len(calls) == len(queries) == len(blocks) == 4 and len(normed) == 6
+    for number, (q, window, entries, _) in enumerate(calls):
+        for name, kv in (("window", window.kv_BTD), ("entries", entries and entries.kv_BMD)):
+            if kv is not None:
+                kv, source = kv[0, :36], normed[number, name].flatten(0, -2)[:36]
+                rounded = fp8(source[:, :plain], 64)
+                assert torch.equal(kv[:, :plain], rounded if simulated else source[:, :plain])
+                assert not torch.equal(rounded, source[:, :plain])
+                tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+                torch.testing.assert_close(kv[:, plain:].float().norm(dim=-1), source[:, plain:].float().norm(dim=-1),
+                                           atol=0, rtol=tolerance)
+        heads = queries[number].unflatten(-1, (4, -1)).float()
+        exact = heads * (heads.square().mean(-1, keepdim=True) + CONFIG.rms_norm_eps).rsqrt()
+        assert torch.equal(q[..., :plain], exact.to(dtype)[..., :plain])
+
+
+@torch.no_grad()
+def test_without_simulation_index_vectors_are_neither_turned_nor_rounded(folders):
+    model, calls = fathom.load_model(folders / "official-fp4"), []
+    indexer, plain = model.blocks[1].attention.indexer, CONFIG.index_head_dim - CONFIG.qk_rope_head_dim
+    for module in (indexer.query_up, indexer.compressor.norm, indexer):
+        module.register_forward_hook(lambda _, args, out: calls.append(out))
+    model(TOKENS)
+    made, normed, (q, _, keys) = calls
+    assert torch.equal(q[..., :plain], made.unflatten(-1, (-1, CONFIG.index_head_dim))[..., :plain])
+    assert torch.equal(keys.flatten(0, 1)[:, :plain], normed[:, :plain])
+
+
+@torch.no_grad()
+def test_packed_linear_layers_multiply_the_same_rounded_inputs(folders):
+    plain, packed = (fathom.load_model(folders / "official-fp8", packed=kept, simulate_quantization=True)
+                     for kept in (False, True))
+    compared = 0
+    for one, other in zip(plain.modules(), packed.modules(), strict=True):
+        if isinstance(one, Linear) and other.scale is not None:
+            x = spread((3, one.weight.shape[1]), 5, -14, 2)
+            torch.testing.assert_close(other(x), one(x), atol=1e-5, rtol=0)
+            compared += 1
+    assert compared == 4 * 8 + 1 + 2  # of three layers and the MTP block, an indexer, the MTP block's own
