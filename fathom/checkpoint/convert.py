@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from fathom.checkpoint.layouts import LAYOUTS, Layout, Stored, config_for, encode, is_quantised, stored_parts
+from fathom.checkpoint.layouts import LAYOUTS, Layout, Stored, config_for, encode, is_quantised, meta_model, stored_parts
 from fathom.checkpoint.names import places
 from fathom.checkpoint.released import SHARD_BYTES, write_configs
 from fathom.checkpoint.shards import plan_shards, shard_names, write_index, write_shard
@@ -21,7 +21,6 @@ from fathom.checkpoint.training import find_model
 from fathom.checkpoint.weights import Weights
 from fathom.errors import CheckpointError, InputError
 from fathom.files import sha256, sync, write_text
-from fathom.model.transformer import Transformer
 from fathom.quant.formats import TILE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -68,11 +67,7 @@ def convert(source: str | Path, target: str | Path, layout: Layout, console: Con
 
 def _units(weights: Weights, layout: Layout) -> list[dict[str, Stored]]:
     """What to write, weight by weight; the source is held against its config first."""
-    with torch.device("meta"):
-        model = Transformer(weights.config)
-        for depth in weights.own_mtp_ends & set(range(len(model.mtp))):
-            model.mtp[depth].own_ends(weights.config)
-    found = places(model)
+    found = places(meta_model(weights.config, weights.own_mtp_ends))
     weights.check(found)
     return [stored_parts(name, place.shape, layout, not place.tensor.is_floating_point())
             for name, place in found.items()]
@@ -85,6 +80,9 @@ def _write_shards(weights: Weights, plan: list[list[dict[str, Stored]]], layout:
     done = _finished(partial, work)
     if not done:
         shutil.rmtree(partial, ignore_errors=True)
+    for file in partial.iterdir() if partial.is_dir() else ():  # what a kill left of a shard must not reach the target
+        if file.name not in {*done, _PROGRESS}:
+            file.unlink()
     sizes = [sum(stored.nbytes for unit in units for stored in unit.values()) for units in plan]
     files = shard_names(len(plan))
     partial.parent.mkdir(parents=True, exist_ok=True)

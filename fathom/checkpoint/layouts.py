@@ -80,12 +80,18 @@ def stored_parts(name: str, shape: tuple[int, ...], layout: Layout, integer: boo
 
 def stored_tensors(config: ModelConfig, layout: Layout, own_mtp_ends: bool = False) -> dict[str, Stored]:
     """Every tensor that a model of this shape has on disk, nothing of it allocated."""
-    with torch.device("meta"):
-        model = Transformer(config)
-        for block in model.mtp if own_mtp_ends else []:
-            block.own_ends(config)
+    model = meta_model(config, set(range(config.num_nextn_predict_layers)) if own_mtp_ends else set())
     return {part: stored for name, place in places(model).items()
             for part, stored in stored_parts(name, place.shape, layout, not place.tensor.is_floating_point()).items()}
+
+
+def meta_model(config: ModelConfig, own_mtp_ends: set[int]) -> Transformer:
+    """A model of this shape, nothing of it allocated; `own_mtp_ends`: the MTP blocks with an embedding and a head of their own."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        for depth in own_mtp_ends & set(range(len(model.mtp))):
+            model.mtp[depth].own_ends(config)
+    return model
 
 
 def config_for(config: ModelConfig, layout: Layout) -> ModelConfig:

@@ -19,6 +19,7 @@ from fathom.checkpoint.layouts import (
     Stored,
     config_for,
     encode,
+    meta_model,
     packed_shapes,
     stored_parts,
     use_rounding,
@@ -51,10 +52,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     number. Raises ConfigError or CheckpointError; the latter names every missing, unexpected and misshapen tensor.
     """
     weights = Weights(path)
-    with torch.device("meta"):
-        model = Transformer(weights.config)
-        for depth in weights.own_mtp_ends & set(range(len(model.mtp))):
-            model.mtp[depth].own_ends(weights.config)
+    model = meta_model(weights.config, weights.own_mtp_ends)
     weights.check(places(model))
     weights.shards.verify()
     if packed:

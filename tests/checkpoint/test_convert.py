@@ -133,12 +133,14 @@ def test_a_conversion_that_was_killed_goes_on_where_it_was(source, tmp_path, mon
     partial = tmp_path / ".model.converting"
     damaged = sorted(partial.glob("*.safetensors"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")  # as a crash might leave it
+    (partial / ".tmp-of-a-killed-writer").write_bytes(b"half a shard")
     monkeypatch.setattr(conversion, "write_shard", lambda folder, file, *others: (
         written.append(file), original(folder, file, *others)))
     run(source, tmp_path / "model", "official-fp4", shard_bytes=SHARD)
     first, second, third = written[:3]
     assert written[3:5] == [first, third] and second not in written[3:]
     assert digests(tmp_path / "model") == expected and not partial.exists()
+    assert not list((tmp_path / "model").glob(".*"))
 
 
 def test_another_layout_does_not_go_on_from_a_stopped_one(source, tmp_path, monkeypatch):
