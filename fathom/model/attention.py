@@ -45,11 +45,11 @@ class Attention(nn.Module):
     def forward(self, x_BSW: Tensor, layout: Layout, cache: LayerCache | None,
                 phase: Phase) -> tuple[Tensor, Tensor | None]:
         """The sublayer's output [B, S, W] and, in training of a layer with an indexer, the indexer's loss."""
-        angle_BSC = layout.compressed_angle_BSC if self.ratio else layout.window_angle_BSC
+        turn_BSC = layout.compressed_turn_BSC if self.ratio else layout.window_turn_BSC
         latent_BSR = self.query_norm(self.query_down(x_BSW))
         q_BSHD = rms_normalise(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), self.eps)
-        q_BSHD = rotate(q_BSHD, angle_BSC[:, :, None])
-        kv_BTD = self.rounding.entries(rotate(self.key_value_norm(self.key_value(x_BSW)), angle_BSC))
+        q_BSHD = rotate(q_BSHD, turn_BSC[:, :, None])
+        kv_BTD = self.rounding.entries(rotate(self.key_value_norm(self.key_value(x_BSW)), turn_BSC))
         if cache is not None:
             kv_BTD = cache.window.extend(kv_BTD, layout.start_B, layout.count_B)
         window = ops.Window(kv_BTD, layout.key_place_BT, layout.place_BS, layout.reach_BS)
@@ -67,7 +67,7 @@ class Attention(nn.Module):
                 index_loss = self.indexer.objective(scorer, q_BSHD, window, entries, self.sink)
 
         out_BSHD = ops.attention(q_BSHD, window, entries, self.sink)
-        out_BSHD = rotate(out_BSHD, angle_BSC[:, :, None], inverse=True)
+        out_BSHD = rotate(out_BSHD, turn_BSC[:, :, None], inverse=True)
         return self._project(out_BSHD), index_loss
 
     def _project(self, out_BSHD: Tensor) -> Tensor:

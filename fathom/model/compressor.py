@@ -38,7 +38,7 @@ class Compressor(nn.Module):
             raw_BJC = stream.tail.extend(raw_BJC, layout.start_B, layout.count_B)
         value_BJC, score_BJC = raw_BJC.chunk(2, -1)
         pooled_ND = ops.pool_blocks(value_BJC, score_BJC, blocks.current_NR, blocks.previous_NR, blocks.has_previous_N)
-        new_ND = rounded(rotate(self.norm(pooled_ND.to(x_BSW.dtype)), layout.angle(blocks.position_N, compressed=True)))
+        new_ND = rounded(rotate(self.norm(pooled_ND.to(x_BSW.dtype)), layout.turn(blocks.position_N, compressed=True)))
         if stream is not None:
             stream.put(blocks.row_N, blocks.slot_N, new_ND)
             return stream.entries(blocks.entries)

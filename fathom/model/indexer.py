@@ -30,7 +30,7 @@ class Indexer(nn.Module):
                 stream: Stream | None, rounding: Rounding = EXACT) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, D], head weights [B, S, H] and keys [B, M, D], from which scores are made."""
         q_BSHD = self.query_up(latent_BSR).unflatten(-1, (self.heads, -1))
-        q_BSHD = rounding.index(rotate(q_BSHD, layout.compressed_angle_BSC[:, :, None]))
+        q_BSHD = rounding.index(rotate(q_BSHD, layout.compressed_turn_BSC[:, :, None]))
         return q_BSHD, self.head_weights(x_BSW), self.compressor(x_BSW, layout, stream, rounding.index)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom import ops
@@ -39,10 +40,10 @@ class Linear(nn.Module):
         return ops.linear(self.rounding.inputs(x), self.matrix)
 
 
-def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """x [..., D] divided by its root mean square, computed in float32, in the dtype of x."""
-    wide = ops.wide(x)
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+def rms_normalise(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """x [..., D] divided by its root mean square and, if given, times a weight [D]; computed in float32, in the dtype of x."""
+    weight = None if weight is None else ops.wide(weight)
+    return F.rms_norm(ops.wide(x), x.shape[-1:], weight, eps).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -54,7 +55,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (ops.wide(rms_normalise(ops.wide(x), self.eps)) * ops.wide(self.weight)).to(x.dtype)
+        return rms_normalise(x, self.eps, self.weight)
 
 
 def rotary_frequencies(channels: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -73,14 +74,12 @@ def rotary_frequencies(channels: int, theta: float, scaling: RopeScaling | None)
     return frequency / scaling.factor * slowed + frequency * (1 - slowed)
 
 
-def rotate(x: Tensor, angle: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate the trailing channels of x [..., D] by angle [..., C], pairs of neighbours, C <= D / 2; computed in float32.
+def rotate(x: Tensor, turn: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the trailing channels of x [..., D], pairs of neighbours as complex numbers, by `turn` [..., C], C <= D / 2; in float32.
 
-    `angle` has the leading axes of x up to broadcasting; `inverse` turns back.
+    `turn` holds complex numbers of length 1 and has the leading axes of x up to broadcasting; `inverse` turns back.
     """
-    C = angle.shape[-1]
-    plain, even_odd = x[..., : x.shape[-1] - 2 * C], ops.wide(x[..., x.shape[-1] - 2 * C:]).unflatten(-1, (C, 2))
-    even, odd = even_odd.unbind(-1)
-    cos, sin = angle.cos(), -angle.sin() if inverse else angle.sin()
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
-    return torch.cat([plain, turned.to(x.dtype)], -1)
+    C = turn.shape[-1]
+    plain, pairs = x[..., : x.shape[-1] - 2 * C], ops.wide(x[..., x.shape[-1] - 2 * C:]).unflatten(-1, (C, 2))
+    turned = torch.view_as_complex(pairs) * (turn.conj() if inverse else turn)
+    return torch.cat([plain, torch.view_as_real(turned).flatten(-2).to(x.dtype)], -1)

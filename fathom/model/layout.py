@@ -1,4 +1,4 @@
-"""Where the tokens of one call stand: positions, rotary angles, the blocks they complete, what each may see.
+"""Where the tokens of one call stand: positions, rotary turns, the blocks they complete, what each may see.
 
 Made once per call and shared by all layers. A document starts where its position is 0, so positions alone keep packed
 documents apart: blocks are counted from the document's start and no reach goes past it (report 3.4.3, 4.1).
@@ -55,16 +55,17 @@ class Layout:
         self._window_frequency = rotary_frequencies(config.qk_rope_head_dim, config.rope_theta, None)
         self._compressed_frequency = rotary_frequencies(config.qk_rope_head_dim, config.compress_rope_theta,
                                                         config.rope_scaling)
-        self.window_angle_BSC = self.angle(position_BS, compressed=False)
-        self.compressed_angle_BSC = self.angle(position_BS, compressed=True)
+        self.window_turn_BSC = self.turn(position_BS, compressed=False)
+        self.compressed_turn_BSC = self.turn(position_BS, compressed=True)
         self.real_BS = step_S < count_B[:, None]
         self.blocks = {ratio: self._blocks(ratio, cached=cache is not None)
                        for ratio in sorted(set(config.compress_ratios) - {0})}
 
-    def angle(self, position: Tensor, compressed: bool) -> Tensor:
-        """Rotary angles [..., C] in float32 at integer positions, for compressed layers or window-only ones."""
+    def turn(self, position: Tensor, compressed: bool) -> Tensor:
+        """Rotary turns [..., C] in complex64 at integer positions, for compressed layers or window-only ones."""
         frequency = self._compressed_frequency if compressed else self._window_frequency
-        return position[..., None].float() * frequency.to(position.device)
+        angle = position[..., None].float() * frequency.to(position.device)
+        return torch.complex(angle.cos(), angle.sin())
 
     def _blocks(self, ratio: int, cached: bool) -> Blocks:
         B, S = self.position_BS.shape

@@ -1,9 +1,11 @@
 """The operators: everything heavy that the layers above may call, each a definition behind dispatch."""
 
 import fathom.ops.cpu.attention
+import fathom.ops.cpu.experts
 import fathom.ops.cpu.index_topk
 import fathom.ops.cpu.linear
 import fathom.ops.cpu.losses
+import fathom.ops.cpu.orthogonalize
 import fathom.ops.cpu.selected_attention
 import fathom.ops.cpu.streams
 from fathom.ops.attention import (

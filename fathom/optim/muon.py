@@ -13,20 +13,34 @@ from torch import Tensor, nn
 from fathom.config import ModelConfig
 from fathom.errors import CheckpointError, RecipeError
 from fathom.ops.orthogonalize import orthogonalize
+from fathom.ops.precision import multiplies_bfloat16
+
+PRECISIONS = ("auto", "bfloat16", "float32")
+TOGETHER = 1 << 22  # numbers in the matrices that are orthogonalised in one call
 
 
 @dataclass(frozen=True)
 class Muon:
-    """Settings of Muon; `update_rms` is the root mean square of an update at rate 1, as AdamW's would be."""
+    """Settings of Muon; `update_rms` is the root mean square of an update at rate 1, as AdamW's would be.
+
+    `precision` of the Newton-Schulz steps: bfloat16, float32, or "auto", bfloat16 where the device multiplies it natively.
+    """
 
     momentum: float = 0.95
     weight_decay: float = 0.1
     update_rms: float = 0.18
+    precision: str = "auto"
 
     def __post_init__(self):
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "from 0 to below 1")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         _require(self.update_rms > 0, "update_rms", self.update_rms, "above 0")
+        _require(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
+
+    def dtype(self, parameter: Tensor) -> torch.dtype | None:
+        """What the Newton-Schulz steps of a parameter [...] run in; None: float32 or wider."""
+        narrow = self.precision == "bfloat16" or self.precision == "auto" and multiplies_bfloat16(parameter.device)
+        return torch.bfloat16 if narrow and parameter.dtype != torch.float64 else None
 
 
 @dataclass(frozen=True)
@@ -78,23 +92,35 @@ class MuonOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient; matrices of one shape are orthogonalised in one call."""
-        mu = self.settings.momentum
-        by_shape: dict[tuple, list[tuple[Tensor, float, Tensor]]] = {}
+        by_shape: dict[tuple, list[tuple[Tensor, int, float]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    momentum = self.state[parameter]["momentum"].mul_(mu).add_(parameter.grad)
-                    nesterov = parameter.grad.add(momentum, alpha=mu)
-                    matrices_BNM = nesterov.reshape(group["blocks"], -1, parameter.shape[-1])
-                    key = matrices_BNM.shape[1:], parameter.dtype, parameter.device
-                    by_shape.setdefault(key, []).append((parameter, group["lr"], matrices_BNM))
-        for (shape, *_), members in by_shape.items():
-            updates_BNM = orthogonalize(torch.cat([matrices_BNM for *_, matrices_BNM in members]))
-            updates_BNM *= self.settings.update_rms * max(shape) ** 0.5
-            updates = updates_BNM.split([len(matrices_BNM) for *_, matrices_BNM in members])
-            for (parameter, rate, _), update_BNM in zip(members, updates, strict=True):
-                parameter.mul_(1 - rate * self.settings.weight_decay)
-                parameter.add_(update_BNM.reshape(parameter.shape), alpha=-rate)
+                    shape = parameter.numel() // (group["blocks"] * parameter.shape[-1]), parameter.shape[-1]
+                    key = shape, parameter.dtype, parameter.device
+                    by_shape.setdefault(key, []).append((parameter, group["blocks"], group["lr"]))
+        for members in by_shape.values():
+            first = 0
+            while first < len(members):  # together as many as make a good batch, which bounds what lives beside the parameters
+                last = first + 1
+                while last < len(members) and sum(member[0].numel() for member in members[first:last + 1]) <= TOGETHER:
+                    last += 1
+                self._update(members[first:last])
+                first = last
+
+    def _update(self, members: list[tuple[Tensor, int, float]]) -> None:
+        """Update parameters, each with its number of matrices of one common shape and its learning rate."""
+        mu, matrices = self.settings.momentum, []
+        for parameter, blocks, _ in members:
+            momentum = self.state[parameter]["momentum"].mul_(mu).add_(parameter.grad)
+            matrices.append(parameter.grad.add(momentum, alpha=mu).reshape(blocks, -1, parameter.shape[-1]))
+        matrices_BNM = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        updates_BNM = orthogonalize(matrices_BNM, dtype=self.settings.dtype(matrices_BNM))
+        updates_BNM *= self.settings.update_rms * max(matrices_BNM.shape[1:]) ** 0.5
+        updates = updates_BNM.split([blocks for _, blocks, _ in members])
+        for (parameter, _, rate), update_BNM in zip(members, updates, strict=True):
+            parameter.mul_(1 - rate * self.settings.weight_decay)
+            parameter.add_(update_BNM.reshape(parameter.shape), alpha=-rate)
 
 
 class Optimizer:
@@ -158,6 +184,6 @@ def _blocks(name: str, rows: int, config: ModelConfig) -> int:
     return 1
 
 
-def _require(holds: bool, name: str, value: float, allowed: str) -> None:
+def _require(holds: bool, name: str, value: float | str, allowed: str) -> None:
     if not holds:
         raise RecipeError(f"{name} is {value}; allowed: {allowed}")

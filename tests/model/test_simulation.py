@@ -13,6 +13,7 @@ from fathom.checkpoint.layouts import LAYOUTS
 from fathom.checkpoint.names import released_name
 from fathom.checkpoint.released import save_model
 from fathom.model.layers import Linear, rotate
+from fathom.ops.cpu.products import times
 from fathom.quant import rounding as rounding_module
 from fathom.quant.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
@@ -159,14 +160,14 @@ def test_the_inverse_rotation_and_scores_are_not_rounded(folders):
     q = queries[0].unflatten(-1, (4, -1))
     q = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     angle = torch.arange(64).float()[None, :, None] * CONFIG.rope_theta ** -(torch.arange(0, 32, 2) / 32)
-    place = torch.arange(64)[None]
-    out = ops.attention.definition(rotate(q, angle[:, :, None]), ops.Window(keys, place, place, place), None, attention.sink)
-    grouped = rotate(out, angle[:, :, None], inverse=True).flatten(2).unflatten(-1, (2, -1))
+    turn, place = torch.polar(torch.ones_like(angle), angle), torch.arange(64)[None]
+    out = ops.attention.definition(rotate(q, turn[:, :, None]), ops.Window(keys, place, place, place), None, attention.sink)
+    grouped = rotate(out, turn[:, :, None], inverse=True).flatten(2).unflatten(-1, (2, -1))
     expected = torch.einsum("bsgi,gri->bsgr", grouped, attention.output_down.weight.unflatten(0, (2, -1))).flatten(2)
     torch.testing.assert_close(calls[0], expected, atol=1e-4, rtol=0)
 
 
-# ---- what is multiplied, bit for bit: from the numbers that really went in, by the same call of torch
+# ---- what is multiplied, bit for bit: from the numbers that really went in, by the same product
 
 SETTINGS = [("official-fp4", True), ("official-fp8", True), ("official-fp4", False), ("bf16", True)]
 
@@ -187,7 +188,7 @@ def test_every_linear_layer_gives_the_product_with_its_rounded_or_exact_input(fo
     model.mtp_logits(TOKENS[:1, :20])  # the trunk, the MTP block and the head
     for name, (module, x, out) in seen.items():
         x = x.float() if module.wide else x
-        exact, rounded = (F.linear(each, module.weight.to(x.dtype)) for each in (x, fp8(x, 128)))
+        exact, rounded = (times(each, module.weight.to(x.dtype)) for each in (x, fp8(x, 128)))
         assert torch.equal(out, rounded if rounds_inputs(layout, simulated) and name.endswith(ROUNDED) else exact), name
         assert not torch.equal(rounded, exact), name
     assert seen.keys() >= {

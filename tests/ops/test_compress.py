@@ -77,9 +77,9 @@ def test_inverse_rotation_undoes_rotation_and_scores_depend_on_distance_only():
     layout = Layout(config, torch.arange(3)[None], torch.tensor([3]), None)
 
     def turned(x, position):
-        return rotate(x, layout.angle(torch.tensor(position), compressed=True).double())
+        return rotate(x, layout.turn(torch.tensor(position), compressed=True))
 
-    angle = layout.angle(torch.tensor(77), compressed=True).double()
-    torch.testing.assert_close(rotate(turned(q, 77), angle, inverse=True), q)
+    turn = layout.turn(torch.tensor(77), compressed=True)
+    torch.testing.assert_close(rotate(turned(q, 77), turn, inverse=True), q, atol=1e-6, rtol=0)
     assert torch.equal(turned(q, 5)[:16], q[:16])  # only the trailing channels turn
     torch.testing.assert_close(turned(q, 40) @ turned(k, 13), turned(q, 1027) @ turned(k, 1000), atol=1e-4, rtol=0)

@@ -57,3 +57,34 @@ def test_hash_table_is_distinct_balanced_and_seeded(tokens, experts, data):
     counts = table.flatten().bincount(minlength=experts)
     assert counts.max() - counts.min() <= 1
     assert torch.equal(table, balanced_table(tokens, experts, chosen, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize(("tokens", "experts", "chosen", "width", "hidden"), [
+    (1, 8, 3, 48, 40), (9, 4, 4, 64, 128), (200, 6, 2, 300, 260), (700, 32, 4, 64, 48)])
+def test_experts_on_cpu_equal_the_definition_in_values_and_gradients(tokens, experts, chosen, width, hidden):
+    x, expert, weight, *matrices = problem(tokens, experts, chosen, width, hidden)
+    inputs = [x, weight, *(matrix * width**-0.5 for matrix in matrices)]
+    results = []
+    for implementation, dtype in (("definition", torch.float64), ("cpu", torch.float32)):
+        x, weight, *matrices = leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        with ops.using(implementation):
+            assert ops.routed_experts.choose(x, expert, weight, *matrices, 1.5)[0] == implementation
+            out = ops.routed_experts(x, expert, weight, *matrices, 1.5)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+    with torch.no_grad():  # another order of the same steps
+        alone = ops.routed_experts(*(tensor.detach() for tensor in (x, expert, weight, *matrices)), 1.5)
+        torch.testing.assert_close(alone.double(), results[0][0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(alone, ops.routed_experts(*(tensor.detach() for tensor in (x, expert, weight, *matrices)), 1.5))
+
+
+@torch.no_grad()
+def test_bfloat16_experts_on_cpu_equal_the_definition_to_its_roundings():
+    x, expert, weight, *matrices = problem(200, 6, 2, 64, 48)
+    half = [x.bfloat16(), expert, weight, *((matrix * 0.1).bfloat16() for matrix in matrices)]
+    assert ops.routed_experts.choose(*half, 1.5)[0] == "cpu"
+    found, expected = ops.routed_experts(*half, 1.5), ops.routed_experts.definition(*half, 1.5)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)

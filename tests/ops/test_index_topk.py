@@ -51,11 +51,13 @@ def test_equal_scores_take_the_earlier_entry_however_many_follow(implementation)
         assert selected.tolist() == [[[0, 1, 3]]]
 
 
+@pytest.mark.parametrize("many", [17, 1000])
 @pytest.mark.parametrize("B, S, M, k, heads", [(1, 1, 1, 1, 1), (1, 1, 900, 12, 4), (2, 300, 75, 12, 2), (3, 40, 10, 64, 8),
                                                (1, 700, 175, 20, 1), (2, 5, 3000, 100, 4), (1, 3, 7, 7, 2)])
-def test_the_fast_path_chooses_what_the_definition_chooses_ties_included(B, S, M, k, heads, monkeypatch):
+def test_the_fast_path_chooses_what_the_definition_chooses_ties_included(B, S, M, k, heads, many, monkeypatch):
     """Small integers: sums are exact in any order and many scores are equal, 0 above all."""
-    monkeypatch.setattr(cpu, "_BLOCK_SCORES", 5000)  # several blocks
+    for name, value in (("_BLOCK_SCORES", 5000), ("_MIN_BLOCK", 3), ("_ROUND", 32), ("_TILE_PRODUCTS", 5000), ("_MANY", many)):
+        monkeypatch.setattr(cpu, name, value)  # several blocks of queries, several tiles of keys, one step and two
     generator = torch.Generator().manual_seed(B * S + M)
     q, weight, keys = (torch.randint(-2, 3, shape, generator=generator).float()
                        for shape in ((B, S, heads, 4), (B, S, heads), (B, M, 4)))

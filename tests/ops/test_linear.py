@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fathom import ops
+from fathom.ops.cpu import products
 from fathom.ops.cpu.linear import dense_cpu, linear_cpu
+from fathom.ops.cpu.products import times, times_relu
 from fathom.ops.dispatch import DEFINITION
 from fathom.quant.formats import E4M3, E8M0, Packed
 
@@ -163,7 +165,7 @@ def test_the_tables_serve_packed_matrices(kind, scale_dtype, dtype):
     (packed("fp4", E8M0, (130, 34)), torch.float32),
     (packed("fp8", E8M0, (160, 96)), torch.float64),
     (packed("fp8", E8M0, (160, 96)), torch.float16),
-    (torch.zeros(160, 96), torch.float32),
+    (torch.zeros(160, 96), torch.float64),
 ], ids=["fp8 under bfloat16", "fp4 under bfloat16", "odd fp8", "odd fp4", "float64", "float16", "plain"])
 def test_the_definition_takes_what_the_tables_cannot(weight, dtype):
     assert chosen(ops.dense, weight, dtype) == DEFINITION
@@ -190,12 +192,45 @@ def test_the_definition_gives_inputs_their_gradients(kind, scale_dtype, dtype):
         assert chosen(ops.linear, x, weight) == "cpu"
 
 
-def test_plain_matrices_are_widened_by_tiles_only_where_that_saves_memory_and_nothing_is_learned():
-    x, large = torch.zeros(1, 1024), torch.zeros(1025, 1024, dtype=torch.bfloat16)
-    assert chosen(ops.linear, x, large) == DEFINITION  # gradients are on
+def test_plain_matrices_are_widened_by_tiles_where_nothing_is_learned():
+    x, matrix = torch.zeros(1, 1024), torch.zeros(1025, 1024, dtype=torch.bfloat16)
+    assert chosen(ops.linear, x, matrix) == "cpu"
+    assert chosen(ops.linear, x.requires_grad_(), matrix) == DEFINITION
     with torch.no_grad():
-        assert chosen(ops.linear, x, large) == "cpu"
-        assert chosen(ops.linear, x, large[:1024]) == DEFINITION  # one tile
-        assert chosen(ops.linear, x.bfloat16(), large) == DEFINITION  # nothing to widen
-        assert chosen(ops.linear, x, large.float()) == DEFINITION
-        assert chosen(ops.linear, x.double(), large) == DEFINITION
+        assert chosen(ops.linear, x.bfloat16(), matrix) == DEFINITION  # nothing to widen
+        assert chosen(ops.linear, x.double(), matrix) == DEFINITION
+
+
+ROWS = [(1,), (3,), (2, 5), (33,), (1, 1, 1), (0,)]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (24, 2048), (256, 512), (300, 513)])
+def test_float32_products_equal_the_definition_in_values_and_gradients(rows, outputs, inputs):
+    """Either side of the sizes from which oneDNN multiplies."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = torch.randn(*rows, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+    grad = torch.randn(*rows, outputs, generator=generator)
+    assert chosen(ops.linear, x, weight) == "oneDNN"
+    with torch.no_grad():
+        assert_is_product(ops.linear(x, weight), x, weight.double())
+        assert_same_bits(ops.linear(x, weight), ops.linear(x, weight))
+    x.requires_grad_(), weight.requires_grad_()
+    x_grad, weight_grad = torch.autograd.grad(ops.linear(x, weight), (x, weight), grad)
+    assert_is_product(x_grad, grad, weight.detach().double().mT)
+    assert_is_product(weight_grad, grad.flatten(0, -2).mT, x.detach().flatten(0, -2).double().mT)
+
+
+def test_float32_products_read_transposed_and_strided_views():
+    x, weight = torch.randn(40, 2 * 300), torch.randn(512, 300)
+    assert_is_product(times(x[:, ::2], weight), x[:, ::2], weight.double())
+    assert_is_product(times(x[:, :300].T.contiguous().T, weight.T.contiguous().T), x[:, :300], weight.double())
+    assert_is_product(times(weight.T, x[:, :512].contiguous()), weight.T, x[:, :512].double())
+    assert_same_bits(times_relu(x[:, :300], weight), times(x[:, :300], weight).relu())
+
+
+def test_without_onednn_torchs_own_product_serves(monkeypatch):
+    x, weight = torch.randn(64, 512), torch.randn(256, 512)
+    monkeypatch.setattr(products, "_ONEDNN", None)
+    assert_same_bits(times(x, weight), F.linear(x, weight))
+    assert_same_bits(times_relu(x, weight), F.linear(x, weight).relu())

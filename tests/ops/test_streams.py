@@ -5,6 +5,7 @@ import torch
 
 import fathom.ops.cpu.streams  # noqa: F401  (registers the implementations)
 from fathom import ops
+from fathom.ops.cpu import streams as cpu
 
 ITERATIONS, EPS, NORM_EPS = 20, 1e-6, 1e-6
 SHAPES = [(1, 1, 1, 5), (1, 1, 4, 8), (2, 3, 2, 7), (3, 5, 4, 16), (1, 9, 8, 3), (2, 700, 4, 8)]  # B, S, N, W
@@ -127,12 +128,34 @@ def test_coefficients_without_gradients_are_the_same_numbers():
     assert all(map(torch.equal, plain, traced)) and not plain[0].requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions_use_the_definition(dtype):
+def test_float64_and_gradients_in_bfloat16_use_the_definition():
     X, *parameters = coefficient_inputs(1, 2, 4, 8)
-    assert ops.stream_coefficients.choose(X.to(dtype), *parameters, ITERATIONS, EPS, NORM_EPS)[0] == "definition"
-    assert ops.streams_out.choose(*[x.to(dtype) for x in mixing_inputs(1, 2, 4, 8)])[0] == "definition"
-    assert ops.sinkhorn.choose(random(1, 2, 4, 4, seed=0).to(dtype), ITERATIONS, EPS)[0] == "definition"
+    narrow = [X.bfloat16(), *[x.bfloat16().requires_grad_() for x in parameters]]
+    for inputs in ([X.double(), *parameters], narrow):
+        assert ops.stream_coefficients.choose(*inputs, ITERATIONS, EPS, NORM_EPS)[0] == "definition"
+    assert ops.streams_out.choose(*[x.double() for x in mixing_inputs(1, 2, 4, 8)])[0] == "definition"
+    assert ops.streams_out.choose(*[x.bfloat16().requires_grad_() for x in mixing_inputs(1, 2, 4, 8)])[0] == "definition"
+    for dtype in (torch.float64, torch.bfloat16):
+        assert ops.sinkhorn.choose(random(1, 2, 4, 4, seed=0).to(dtype), ITERATIONS, EPS)[0] == "definition"
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 700, 4, 128)])
+@torch.no_grad()
+def test_bfloat16_streams_on_cpu_are_the_definition_before_the_last_rounding(shape, monkeypatch):
+    monkeypatch.setattr(cpu, "_GROUP", 1 << 12)  # several groups of tokens
+    X, y, *rest = (x.bfloat16() for x in (*mixing_inputs(*shape)[:2], *coefficient_inputs(*shape)[1:]))
+    inputs = X, *rest, ITERATIONS, EPS, NORM_EPS
+    assert ops.stream_coefficients.choose(*inputs)[0] == "cpu"
+    coefficients = ops.stream_coefficients(*inputs)
+    for found, expected in zip(coefficients, ops.stream_coefficients.definition(*inputs), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    pre, post, res = coefficients
+    for operator, arguments in ((ops.streams_in, (X, pre)), (ops.streams_out, (X, y, post, res))):
+        assert operator.choose(*arguments)[0] == "cpu"
+        found, expected = operator(*arguments), operator.definition(*arguments)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, operator(*arguments))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=2**-7)  # neighbours in bfloat16 at most
 
 
 def test_zero_eps_uses_the_definition():

@@ -1,7 +1,8 @@
 """Attention on CPU (report 2.3.1 - 2.3.3, eq. 27): blocks of queries that read only the keys some of them see.
 
-Heads share their keys, so they become rows of one product per block: C queries have R = C H rows. A block's J columns
-are window keys, then entries, then the sink, whose key is zero. float32 only: anything else is left to the definition.
+Heads share their keys, so they become rows of one product per block: C queries have R = C H rows. A block's J columns are window keys, then
+entries, then zeros, the last of which stands for the sink; their number is rounded up, so that few shapes occur. The backward
+pass computes the probabilities anew. float32, and bfloat16 where no gradient is asked for; anything else is left to the definition.
 """
 
 from collections.abc import Iterator
@@ -12,24 +13,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops.attention import Entries, Window, attended_entries, attention, entry_mass
+from fathom.ops.cpu.products import batch_times
 
 _MIN_QUERIES = 16  # fewer: the definition's few calls are cheaper (decoding one token: 0.14 ms against 0.21 ms)
 _MIN_BLOCK = 32
+_COLUMNS = 64
 
 
 class _Block(NamedTuple):
     queries: slice
     places: slice  # of window keys
     slots: slice  # of entries
+    columns: int
 
     def keys(self, kv_BTD: Tensor, kv_BMD: Tensor | None) -> Tensor:
         """Keys [B, J, D] of all columns."""
-        parts = [kv_BTD[:, self.places]] if kv_BMD is None else [kv_BTD[:, self.places], kv_BMD[:, self.slots]]
-        return torch.cat([*parts, kv_BTD.new_zeros(len(kv_BTD), 1, kv_BTD.shape[2])], 1)
+        keys_BJD = kv_BTD.new_zeros(len(kv_BTD), self.columns, kv_BTD.shape[2])
+        near = self.places.stop - self.places.start
+        keys_BJD[:, :near] = kv_BTD[:, self.places]
+        if kv_BMD is not None:
+            keys_BJD[:, near:near + self.slots.stop - self.slots.start] = kv_BMD[:, self.slots]
+        return keys_BJD
 
 
 def _blocks(window: Window, entries: Entries | None) -> Iterator[tuple[_Block, Tensor]]:
-    """Each block with its mask [B, C, J - 1] of the keys seen.
+    """Each block with 0 or -inf [B, C, J] for each key that is seen or not.
 
     Half a window of queries wastes a third of the window's products; at windows of 64 and 128, smaller blocks were
     slower for their calls and larger ones for their waste. A block's slices hold what any row of the batch may see.
@@ -52,62 +60,64 @@ def _blocks(window: Window, entries: Entries | None) -> Iterator[tuple[_Block, T
             selected_BCK = None if entries.selected_BSK is None else entries.selected_BSK[:, queries] - slots.start
             visible = Entries(entries.kv_BMD[:, slots], first_BC - slots.start, count_BC, selected_BCK)
             seen_BCJ = torch.cat([seen_BCJ, attended_entries(visible)], 2)
-        yield _Block(queries, places, slots), seen_BCJ
+        columns = -(-(seen_BCJ.shape[2] + 1) // _COLUMNS) * _COLUMNS
+        bias_BCJ = torch.full((*seen_BCJ.shape[:2], columns), float("-inf"))
+        bias_BCJ[..., :seen_BCJ.shape[2]].masked_fill_(seen_BCJ, 0)
+        yield _Block(queries, places, slots, columns), bias_BCJ
 
 
 def window_blocks(window: Window) -> Iterator[tuple[_Block, Tensor]]:
-    """Blocks of queries with their window keys' mask [B, C, J] alone."""
+    """Blocks of queries with 0 or -inf [B, C, J] for each of their window keys alone."""
     return _blocks(window, None)
 
 
 def _probabilities(q_BSHD: Tensor, window: Window, entries: Entries | None,
                    sink_H: Tensor) -> Iterator[tuple[_Block, Tensor, Tensor]]:
-    """Each block with its keys [B, J, D] and the softmax [B, R, J] of its scores."""
-    for block, seen_BCJ in _blocks(window, entries):
+    """Each block with its keys [B, J, D] and the softmax [B, R, J] of its scores, in float32."""
+    for block, bias_BCJ in _blocks(window, entries):
         q_BCHD = q_BSHD[:, block.queries]
         keys_BJD = block.keys(window.kv_BTD, None if entries is None else entries.kv_BMD)
-        score_BCHJ = q_BSHD.new_empty(*q_BCHD.shape[:3], keys_BJD.shape[1])
-        score_BCHJ[..., :-1] = torch.where(seen_BCJ, 0.0, float("-inf"))[:, :, None]
+        score_BCHJ = batch_times(q_BCHD.flatten(1, 2), keys_BJD).float().unflatten(1, q_BCHD.shape[1:3])
+        torch.add(bias_BCJ[:, :, None], score_BCHJ, alpha=q_BCHD.shape[3]**-0.5, out=score_BCHJ)
         score_BCHJ[..., -1] = sink_H
-        score_BRJ = score_BCHJ.flatten(1, 2)
-        score_BRJ.baddbmm_(q_BCHD.flatten(1, 2), keys_BJD.mT, alpha=q_BCHD.shape[3]**-0.5)
-        yield block, keys_BJD, torch.softmax(score_BRJ, -1, out=score_BRJ)
+        yield block, keys_BJD, torch.softmax(score_BCHJ, -1, out=score_BCHJ).flatten(1, 2)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BSHD: Tensor, kv_BTD: Tensor, kv_BMD: Tensor | None, sink_H: Tensor, window: Window,
-                entries: Entries | None, wants_grad: bool) -> Tensor:
+                entries: Entries | None) -> Tensor:
         out_BSHD = torch.empty_like(q_BSHD)
-        ctx.blocks, kept = [], []
         for block, keys_BJD, probability_BRJ in _probabilities(q_BSHD, window, entries, sink_H):
-            out_BSHD[:, block.queries] = (probability_BRJ @ keys_BJD).unflatten(1, (-1, len(sink_H)))
-            if wants_grad:
-                ctx.blocks.append(block)
-                kept.append(probability_BRJ)
-        ctx.save_for_backward(q_BSHD, kv_BTD, kv_BMD, *kept)
+            out_BRD = batch_times(probability_BRJ.to(keys_BJD.dtype), keys_BJD.mT)
+            out_BSHD[:, block.queries] = out_BRD.unflatten(1, (-1, len(sink_H)))
+        ctx.save_for_backward(q_BSHD, kv_BTD, kv_BMD, sink_H)
+        # Only integers besides, without which the tensors above would be kept alive by the graph.
+        ctx.window, ctx.entries = window._replace(kv_BTD=None), None if entries is None else entries._replace(kv_BMD=None)
         return out_BSHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BSHD: Tensor) -> tuple[Tensor | None, ...]:
-        q_BSHD, kv_BTD, kv_BMD, *kept = ctx.saved_tensors
+        q_BSHD, kv_BTD, kv_BMD, sink_H = ctx.saved_tensors
+        window, entries = ctx.window._replace(kv_BTD=kv_BTD), ctx.entries and ctx.entries._replace(kv_BMD=kv_BMD)
         H, D = q_BSHD.shape[2:]
         q_grad_BSHD, kv_grad_BTD, sink_grad_H = torch.empty_like(q_BSHD), torch.zeros_like(kv_BTD), q_BSHD.new_zeros(H)
         kv_grad_BMD = None if kv_BMD is None else torch.zeros_like(kv_BMD)
-        for block, probability_BRJ in zip(ctx.blocks, kept, strict=True):
-            keys_BJD = block.keys(kv_BTD, kv_BMD)
+        for block, keys_BJD, probability_BRJ in _probabilities(q_BSHD, window, entries, sink_H):
             q_BRD, grad_BRD = (x[:, block.queries].flatten(1, 2) for x in (q_BSHD, grad_BSHD))
-            score_grad_BRJ = (grad_BRD @ keys_BJD.mT).mul_(probability_BRJ)
+            score_grad_BRJ = batch_times(grad_BRD, keys_BJD).mul_(probability_BRJ)
             score_grad_BRJ.addcmul_(probability_BRJ, score_grad_BRJ.sum(-1, keepdim=True), value=-1)
-            q_grad_BSHD[:, block.queries] = (score_grad_BRJ @ keys_BJD).mul_(D**-0.5).unflatten(1, (-1, H))
-            keys_grad_BJD = (probability_BRJ.mT @ grad_BRD).baddbmm_(score_grad_BRJ.mT, q_BRD, alpha=D**-0.5)
+            sink_grad_H += score_grad_BRJ[..., -1].unflatten(1, (-1, H)).sum((0, 1))
+            score_grad_BRJ.mul_(D**-0.5)
+            q_grad_BSHD[:, block.queries] = batch_times(score_grad_BRJ, keys_BJD.mT).unflatten(1, (-1, H))
+            keys_grad_BJD = batch_times(probability_BRJ.mT, grad_BRD.mT).add_(batch_times(score_grad_BRJ.mT, q_BRD.mT))
             window_grad = kv_grad_BTD[:, block.places]
             window_grad += keys_grad_BJD[:, :window_grad.shape[1]]
             if kv_BMD is not None:
-                kv_grad_BMD[:, block.slots] += keys_grad_BJD[:, window_grad.shape[1]:-1]
-            sink_grad_H += score_grad_BRJ[..., -1].unflatten(1, (-1, H)).sum((0, 1))
-        return q_grad_BSHD, kv_grad_BTD, kv_grad_BMD, sink_grad_H, None, None, None
+                entries_grad = kv_grad_BMD[:, block.slots]
+                entries_grad += keys_grad_BJD[:, window_grad.shape[1]:window_grad.shape[1] + entries_grad.shape[1]]
+        return q_grad_BSHD, kv_grad_BTD, kv_grad_BMD, sink_grad_H, None, None
 
 
 def _differentiable(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> list[Tensor]:
@@ -119,9 +129,12 @@ def asks_for_gradients(*arguments) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in _differentiable(*arguments))
 
 
-def supports(q_BSHD: Tensor, *others) -> bool:
-    """Whether all tensors [B, S, H, D] ... that gradients could reach are float32 on a CPU."""
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in _differentiable(q_BSHD, *others))
+def supports(*arguments) -> bool:
+    """Whether all tensors [B, S, H, D] ... that gradients could reach are float32, or bfloat16 without gradients, on a CPU."""
+    tensors = _differentiable(*arguments)
+    dtypes = {x.dtype for x in tensors}
+    return (all(x.device.type == "cpu" for x in tensors)
+            and (dtypes == {torch.float32} or dtypes == {torch.bfloat16} and not asks_for_gradients(*arguments)))
 
 
 def _supports(q_BSHD: Tensor, *others) -> bool:
@@ -130,18 +143,18 @@ def _supports(q_BSHD: Tensor, *others) -> bool:
 
 @attention.register("cpu", supports=_supports)
 def attention_cpu(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> Tensor:
-    """`attention` for float32 and enough queries; probabilities are kept only where autograd will ask for gradients."""
-    wants_grad = asks_for_gradients(q_BSHD, window, entries, sink_H)
-    kv_BMD = None if entries is None else entries.kv_BMD
-    return _Attention.apply(q_BSHD, window.kv_BTD, kv_BMD, sink_H, window, entries, wants_grad)
+    """`attention` for enough queries."""
+    return _Attention.apply(q_BSHD, window.kv_BTD, None if entries is None else entries.kv_BMD, sink_H, window, entries)
 
 
 @entry_mass.register("cpu", supports=lambda *arguments: _supports(*arguments) and not asks_for_gradients(*arguments))
+@torch.no_grad()
 def entry_mass_cpu(q_BSHD: Tensor, window: Window, entries: Entries, sink_H: Tensor) -> Tensor:
-    """`entry_mass` for float32 and enough queries, where no gradient is asked for."""
-    mass_BSM = q_BSHD.new_zeros(*q_BSHD.shape[:2], entries.kv_BMD.shape[1])
+    """`entry_mass` for enough queries, where no gradient is asked for."""
+    mass_BSM = torch.zeros(*q_BSHD.shape[:2], entries.kv_BMD.shape[1])
     for block, _, probability_BRJ in _probabilities(q_BSHD, window, entries, sink_H):
         mass_BCM = mass_BSM[:, block.queries, block.slots]
-        entries_BRM = probability_BRJ[..., -1 - mass_BCM.shape[2]:-1]
+        first = block.places.stop - block.places.start
+        entries_BRM = probability_BRJ[..., first:first + mass_BCM.shape[2]]
         mass_BCM.copy_(entries_BRM.unflatten(1, (-1, len(sink_H))).sum(2))
     return mass_BSM

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fathom.ops.cpu.products import Times, times
 from fathom.ops.linear import Matrix, dense, linear
 from fathom.quant.formats import E4M3, E8M0, FP4_BLOCK, TILE, Packed, decode_e2m1
 
@@ -94,11 +95,20 @@ def dense_cpu(weight: Packed, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@linear.register("oneDNN", supports=lambda x, weight: (
+    isinstance(weight, Tensor) and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"))
+def linear_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` for plain float32 matrices."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return Times.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1]) if x.dim() > 1 else F.linear(x, weight)
+    return times(x, weight)
+
+
 def _supports(x: Tensor, weight: Matrix) -> bool:
     if isinstance(weight, Packed):
         return _packed_on_cpu(weight, x.dtype) and not (torch.is_grad_enabled() and x.requires_grad)
     narrow = weight.dtype == torch.bfloat16 and x.dtype == torch.float32 and weight.device.type == "cpu"
-    return narrow and weight.numel() > _TILE_NUMBERS and not torch.is_grad_enabled()
+    return narrow and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
 
 @linear.register("cpu", supports=_supports)
@@ -106,10 +116,10 @@ def linear_cpu(x: Tensor, weight: Matrix) -> Tensor:
     """`linear` for packed matrices, and for bfloat16 ones under float32 inputs, a tile of rows at a time."""
     rows, columns = weight.shape
     step = _tile_rows(columns)
-    out = x.new_empty(*x.shape[:-1], rows)
+    tiles = []
     for first in range(0, rows, step):
         last = min(first + step, rows)
         tile = (_dense_rows(weight, first, last, x.dtype) if isinstance(weight, Packed)
                 else weight[first:last].to(x.dtype))
-        out[..., first:last] = F.linear(x, tile)
-    return out
+        tiles.append(times(x, tile))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, -1)

@@ -1,19 +1,30 @@
 """Hyper-connections on CPU (report 2.2, eq. 1-8): the definitions' equations with gradients written out by hand.
 
-Coefficients are computed with the tokens last (T = B S), because sums over streams are then vectorised over tokens; the
-residual is read as few times as its gradients allow. float32 only: anything else is left to the definition, as is
-`streams_in`, whose definition is as fast as memory already.
+Coefficients are computed with the tokens last (T = B S), because sums over streams are then vectorised over tokens; Sinkhorn's matrices are columns
+of R = N N numbers, and one product with zeros and ones sums their rows or columns. Backward passes compute the divisors anew rather than keep
+them. float32, and bfloat16 where no gradient is asked for, a group of tokens at a time; anything else is left to the definition.
 """
+
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fathom.ops.streams import sinkhorn, stream_coefficients, streams_out
+from fathom.ops.cpu.products import times
+from fathom.ops.precision import wide
+from fathom.ops.streams import sinkhorn, stream_coefficients, streams_in, streams_out
+
+_GROUP = 1 << 18  # numbers of a group of bfloat16 tokens: 1 MB in float32, which stays in the cache of a core
+_GROUP_TOKENS = 2048  # of a backward pass through Sinkhorn
 
 
-def _float32_on_cpu(*tensors: Tensor) -> bool:
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+def _on_cpu(*tensors: Tensor) -> bool:
+    """All float32 on a CPU, or some of them bfloat16 and no gradient asked for."""
+    if any(x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) for x in tensors):
+        return False
+    return all(x.dtype == torch.float32 for x in tensors) or not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def _tokens_first(x: Tensor) -> Tensor:
@@ -21,70 +32,118 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.contiguous().flatten(0, 1)
 
 
-def _balance(logits_NNT: Tensor, iterations: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Doubly stochastic [N, N, T], the softmax it started from and its 2 iterations - 1 divisors [., N, T] (eq. 8)."""
-    softmax_NNT = logits_NNT.softmax(1)
-    matrix_NNT = softmax_NNT + eps
-    divisors = []
+def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [T, ...] in groups of tokens; the first of them counts."""
+    size = max(1, _GROUP // max(1, tensors[0][:1].numel()))
+    return zip(*(x.split(size) for x in tensors), strict=True)
+
+
+@lru_cache
+def _sums(N: int) -> tuple[Tensor, Tensor]:
+    """Products with these [R, R] put the sum of its column, or of its row, in the place of each number of an N x N matrix."""
+    ones, identity = torch.ones(N, N), torch.eye(N)
+    return torch.kron(ones, identity), torch.kron(identity, ones)
+
+
+@lru_cache
+def _scale_index(N: int) -> Tensor:
+    return torch.arange(3).repeat_interleave(torch.tensor([N, N, N * N]))
+
+
+def _balance(softmax_RT: Tensor, iterations: int, eps: float, divisors: list[Tensor] | None = None) -> Tensor:
+    """Doubly stochastic matrices [R, T] from their softmaxes (eq. 8); the 2 iterations - 1 divisors [R, T] go to `divisors`."""
+    sums, eps_11 = _sums(round(len(softmax_RT)**0.5)), torch.full((1, 1), eps)
+    matrix_RT = softmax_RT + eps
+    divisor_RT = torch.empty_like(matrix_RT)
     for step in range(2 * iterations - 1):
-        divisors.append(matrix_NNT.sum(step % 2).add_(eps))  # columns (over the first axis) on even steps
-        matrix_NNT.div_(divisors[-1].unsqueeze(step % 2))
-    return matrix_NNT, softmax_NNT, torch.stack(divisors)
+        torch.addmm(eps_11, sums[step % 2], matrix_RT, out=divisor_RT)
+        matrix_RT.div_(divisor_RT)
+        if divisors is not None:
+            divisors.append(divisor_RT)
+            divisor_RT = torch.empty_like(matrix_RT)
+    return matrix_RT
 
 
-def _balance_backward(grad_NNT: Tensor, matrix_NNT: Tensor, softmax_NNT: Tensor, divisors: Tensor) -> Tensor:
-    """Gradient of the logits [N, N, T], undoing the divisions one by one from the final matrix.
+def _softmax(logits_RT: Tensor) -> Tensor:
+    """Each row of each N x N matrix."""
+    N = round(len(logits_RT)**0.5)
+    return logits_RT.view(N, N, -1).softmax(1).flatten(0, 1)
+
+
+def _balance_backward(grad_RT: Tensor, logits_RT: Tensor, iterations: int, eps: float) -> Tensor:
+    """Gradient of the logits [R, T], undoing the divisions one by one from the final matrix.
 
     With y = x / (sum x + eps) and g = y dy, the gradient with respect to log y, each step is g <- g - y sum g.
     """
-    log_grad_NNT, matrix_NNT = grad_NNT * matrix_NNT, matrix_NNT.clone()
-    for step in reversed(range(len(divisors))):
-        log_grad_NNT.addcmul_(matrix_NNT, log_grad_NNT.sum(step % 2, keepdim=True), value=-1)
-        matrix_NNT.mul_(divisors[step].unsqueeze(step % 2))
-    log_grad_NNT.div_(matrix_NNT).mul_(softmax_NNT)  # from log(softmax + eps) to log softmax
-    return log_grad_NNT.addcmul_(softmax_NNT, log_grad_NNT.sum(1, keepdim=True), value=-1)
+    sums = _sums(round(len(logits_RT)**0.5))
+    groups = []
+    for grad_Rt, logits_Rt in zip(grad_RT.split(_GROUP_TOKENS, 1), logits_RT.split(_GROUP_TOKENS, 1), strict=True):
+        softmax_Rt, divisors = _softmax(logits_Rt.contiguous()), []
+        matrix_Rt = _balance(softmax_Rt, iterations, eps, divisors)
+        log_grad_Rt, sum_Rt = grad_Rt * matrix_Rt, torch.empty_like(matrix_Rt)
+        for step in reversed(range(len(divisors))):
+            torch.mm(sums[step % 2], log_grad_Rt, out=sum_Rt)
+            log_grad_Rt.addcmul_(matrix_Rt, sum_Rt, value=-1)
+            matrix_Rt.mul_(divisors[step])
+        log_grad_Rt.div_(matrix_Rt).mul_(softmax_Rt)  # from log(softmax + eps) to log softmax
+        groups.append(log_grad_Rt.addcmul_(softmax_Rt, sums[1] @ log_grad_Rt, value=-1))
+    return torch.cat(groups, 1)
 
 
 class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TNN: Tensor, iterations: int, eps: float) -> Tensor:
-        matrix_NNT, softmax_NNT, divisors = _balance(logits_TNN.permute(1, 2, 0).contiguous(), iterations, eps)
-        ctx.save_for_backward(matrix_NNT, softmax_NNT, divisors)
-        return matrix_NNT.permute(2, 0, 1).contiguous()
+        logits_RT = logits_TNN.flatten(1).T.contiguous()
+        ctx.save_for_backward(logits_RT)
+        ctx.iterations, ctx.eps = iterations, eps
+        return _balance(_softmax(logits_RT), iterations, eps).T.contiguous().view_as(logits_TNN)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TNN: Tensor) -> tuple[Tensor, None, None]:
-        grad_NNT = _balance_backward(grad_TNN.permute(1, 2, 0).contiguous(), *ctx.saved_tensors)
-        return grad_NNT.permute(2, 0, 1), None, None
+        grad_RT = _balance_backward(grad_TNN.flatten(1).T.contiguous(), *ctx.saved_tensors, ctx.iterations, ctx.eps)
+        return grad_RT.T.unflatten(1, grad_TNN.shape[1:]), None, None
+
+
+def _products(x_TI: Tensor, fn: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
+    """fn applied to each token's streams over their RMS, [rows of fn, T], and the inverse RMS [T]."""
+    inverse_rms_T = torch.linalg.vector_norm(x_TI, dim=1).square_().div_(x_TI.shape[1]).add_(norm_eps).rsqrt_()
+    return times(x_TI, fn).T.mul(inverse_rms_T), inverse_rms_T
+
+
+def _coefficients(mix_RT: Tensor, base: Tensor, scale_R: Tensor, N: int, iterations: int,
+                  eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """pre [T, N], post [T, N], res [T, N, N] and the logits [rows of fn, T] that they come from."""
+    logits_RT = torch.addcmul(base[:, None], mix_RT, scale_R[:, None])
+    pre_NT, post_NT = logits_RT[:2 * N].sigmoid().split(N)
+    matrix_RT = _balance(_softmax(logits_RT[2 * N:]), iterations, eps)
+    return (pre_NT.T + eps).contiguous(), 2 * post_NT.T.contiguous(), matrix_RT.T.contiguous().unflatten(1, (N, N)), logits_RT
 
 
 class _StreamCoefficients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI: Tensor, fn: Tensor, base: Tensor, scale_R: Tensor, N: int, iterations: int, eps: float,
                 norm_eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        inverse_rms_T = torch.linalg.vector_norm(x_TI, dim=1).square_().div_(x_TI.shape[1]).add_(norm_eps).rsqrt_()
-        mix_RT = (fn @ x_TI.T).mul_(inverse_rms_T)
-        logits_RT = torch.addcmul(base[:, None], mix_RT, scale_R[:, None])
-        gate_RT = logits_RT[:2 * N].sigmoid()
-        matrix_NNT, softmax_NNT, divisors = _balance(logits_RT[2 * N:].unflatten(0, (N, N)), iterations, eps)
-        ctx.save_for_backward(x_TI, fn, scale_R, inverse_rms_T, mix_RT, gate_RT, matrix_NNT, softmax_NNT, divisors)
-        pre_NT, post_NT = gate_RT.split(N)
-        return (pre_NT.T + eps).contiguous(), 2 * post_NT.T.contiguous(), matrix_NNT.permute(2, 0, 1).contiguous()
+        mix_RT, inverse_rms_T = _products(x_TI, fn, norm_eps)
+        *coefficients, logits_RT = _coefficients(mix_RT, base, scale_R, N, iterations, eps)
+        ctx.save_for_backward(x_TI, fn, scale_R, inverse_rms_T, mix_RT, logits_RT)
+        ctx.N, ctx.iterations, ctx.eps = N, iterations, eps
+        return tuple(coefficients)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, pre_grad_TN: Tensor, post_grad_TN: Tensor, res_grad_TNN: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, fn, scale_R, inverse_rms_T, mix_RT, gate_RT, *balance = ctx.saved_tensors
+        x_TI, fn, scale_R, inverse_rms_T, mix_RT, logits_RT = ctx.saved_tensors
+        gate_RT = logits_RT[:2 * ctx.N].sigmoid()
         gate_grad_RT = torch.cat([pre_grad_TN.T, 2 * post_grad_TN.T]) * gate_RT * (1 - gate_RT)
-        res_grad_NNT = _balance_backward(res_grad_TNN.permute(1, 2, 0).contiguous(), *balance)
-        logits_grad_RT = torch.cat([gate_grad_RT, res_grad_NNT.flatten(0, 1)])
+        res_grad_RT = _balance_backward(res_grad_TNN.flatten(1).T.contiguous(), logits_RT[2 * ctx.N:], ctx.iterations, ctx.eps)
+        logits_grad_RT = torch.cat([gate_grad_RT, res_grad_RT])
         along_mix_RT = logits_grad_RT * mix_RT
         product_grad_RT = logits_grad_RT * scale_R[:, None] * inverse_rms_T
         # The RMS divides after the product, so its gradient is a multiple of x for each token.
         radial_T = (scale_R @ along_mix_RT).mul_(inverse_rms_T.square()).div_(-x_TI.shape[1])
-        x_grad_TI = (x_TI * radial_T[:, None]).addmm_(product_grad_RT.T, fn)
-        return (x_grad_TI, product_grad_RT @ x_TI, logits_grad_RT.sum(1), along_mix_RT.sum(1), *[None] * 4)
+        x_grad_TI = times(product_grad_RT.T, fn.T).addcmul_(x_TI, radial_T[:, None])
+        return (x_grad_TI, times(product_grad_RT, x_TI.T), logits_grad_RT.sum(1), along_mix_RT.sum(1), *[None] * 4)
 
 
 class _StreamsOut(torch.autograd.Function):
@@ -102,27 +161,52 @@ class _StreamsOut(torch.autograd.Function):
                 torch.bmm(y_TW[:, None], grad_TNW.mT)[:, 0], torch.bmm(X_TNW, grad_TNW.mT))
 
 
-@sinkhorn.register("cpu", supports=lambda logits_BSNN, iterations, eps: eps > 0 and _float32_on_cpu(logits_BSNN))
+@sinkhorn.register("cpu", supports=lambda logits_BSNN, iterations, eps: (
+    eps > 0 and logits_BSNN.dtype == torch.float32 and _on_cpu(logits_BSNN)))
 def sinkhorn_cpu(logits_BSNN: Tensor, iterations: int, eps: float) -> Tensor:
     """`sinkhorn` for float32 and eps > 0, which keeps every entry away from zero."""
     return _Sinkhorn.apply(logits_BSNN.flatten(0, 1), iterations, eps).unflatten(0, logits_BSNN.shape[:2])
 
 
 @stream_coefficients.register("cpu", supports=lambda X_BSNW, fn, base, scale_3, iterations, eps, norm_eps: (
-    eps > 0 and _float32_on_cpu(X_BSNW, fn, base, scale_3)))
+    eps > 0 and _on_cpu(X_BSNW, fn, base, scale_3)))
 def stream_coefficients_cpu(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
                             norm_eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`stream_coefficients` for float32 and eps > 0."""
-    N = X_BSNW.shape[2]
-    scale_R = scale_3.repeat_interleave(torch.tensor([N, N, N * N]), output_size=len(base))
-    coefficients = _StreamCoefficients.apply(
-        _tokens_first(X_BSNW).flatten(1), fn, base, scale_R, N, iterations, eps, norm_eps)
+    """`stream_coefficients` for eps > 0."""
+    N, x_TI = X_BSNW.shape[2], _tokens_first(X_BSNW).flatten(1)
+    fn, base, scale_R = wide(fn), wide(base), wide(scale_3).index_select(0, _scale_index(N))
+    if torch.is_grad_enabled():
+        coefficients = _StreamCoefficients.apply(x_TI, fn, base, scale_R, N, iterations, eps, norm_eps)
+    else:
+        groups = [x_TI] if x_TI.dtype == torch.float32 else [x_tI.float() for x_tI, in _groups(x_TI)]
+        products = [_products(x_tI, fn, norm_eps)[0] for x_tI in groups]
+        mix_RT = products[0] if len(products) == 1 else torch.cat(products, 1)
+        *coefficients, _ = _coefficients(mix_RT, base, scale_R, N, iterations, eps)
     return tuple(x.unflatten(0, X_BSNW.shape[:2]) for x in coefficients)
 
 
-@streams_out.register("cpu", supports=lambda X_BSNW, y_BSW, post_BSN, res_BSNN: (
-    _float32_on_cpu(X_BSNW, y_BSW, post_BSN, res_BSNN)))
+def _narrow_on_cpu(X_BSNW: Tensor, *others: Tensor) -> bool:
+    return X_BSNW.dtype == torch.bfloat16 and _on_cpu(X_BSNW, *others)
+
+
+@streams_in.register("cpu", supports=_narrow_on_cpu)
+def streams_in_cpu(X_BSNW: Tensor, pre_BSN: Tensor) -> Tensor:
+    """`streams_in` for bfloat16; in float32 the definition is as fast as memory."""
+    X_TNW, pre_TN = _tokens_first(X_BSNW), wide(pre_BSN).flatten(0, 1)
+    x_TW = X_TNW.new_empty(len(X_TNW), X_TNW.shape[2])
+    for X_tNW, pre_tN, x_tW in _groups(X_TNW, pre_TN, x_TW):
+        x_tW.copy_(torch.bmm(pre_tN[:, None], X_tNW.float())[:, 0])
+    return x_TW.unflatten(0, X_BSNW.shape[:2])
+
+
+@streams_out.register("cpu", supports=_on_cpu)
 def streams_out_cpu(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: Tensor) -> Tensor:
-    """`streams_out` for float32."""
-    flat = [_tokens_first(x) for x in (X_BSNW, y_BSW, post_BSN, res_BSNN)]
-    return _StreamsOut.apply(*flat).unflatten(0, X_BSNW.shape[:2])
+    """`streams_out`."""
+    X_TNW, y_TW, post_TN, res_TNN = (_tokens_first(x) for x in (X_BSNW, y_BSW, post_BSN, res_BSNN))
+    if X_TNW.dtype == y_TW.dtype == torch.float32:
+        out_TNW = _StreamsOut.apply(X_TNW, y_TW, wide(post_TN), wide(res_TNN))
+    else:
+        out_TNW = torch.empty_like(X_TNW)
+        for X_tNW, y_tW, post_tN, res_tNN, out_tNW in _groups(X_TNW, y_TW, wide(post_TN), wide(res_TNN), out_TNW):
+            out_tNW.copy_((post_tN[..., None] * y_tW[:, None]).baddbmm_(res_tNN.mT, X_tNW.float()))
+    return out_TNW.unflatten(0, X_BSNW.shape[:2])

@@ -1,0 +1,115 @@
+"""Routed experts on CPU (report 2.1): tokens sorted by expert, so that each expert's matrices are read once.
+
+Everything between the products runs once over all P = N K pairs of token and expert. The gradients are written out by hand: autograd would make
+a zero matrix of all E experts for each expert that a token chose.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fathom.ops.cpu.products import rounded_rows, times
+from fathom.ops.experts import routed_experts
+from fathom.ops.linear import Matrix
+from fathom.ops.precision import wide
+from fathom.quant.rounding import EXACT, Rounding
+
+class _Groups:
+    """The pairs in the order of their experts, and products with one matrix for each expert."""
+
+    def __init__(self, expert_NK: Tensor, experts: int):
+        N, K = expert_NK.shape
+        expert_P = expert_NK.flatten()
+        order_P = expert_P.argsort(stable=True)
+        self.order_P, self.token_P, self.chosen, self.experts = order_P, order_P // K, K, experts
+        ends = expert_P.bincount(minlength=experts).cumsum(0).tolist()
+        self.present = [(expert, begin, end) for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > begin]
+
+    def times(self, x_PI: Tensor, matrix_EOI: Tensor) -> Tensor:
+        """Each pair's row times its expert's transposed matrix [P, O]."""
+        out_PO = x_PI.new_empty(len(x_PI), matrix_EOI.shape[1])
+        for expert, begin, end in self.present:
+            out_PO[begin:end] = times(x_PI[rounded_rows(x_PI, begin, end)], matrix_EOI[expert])[:end - begin]
+        return out_PO
+
+    def outer(self, y_PO: Tensor, x_PI: Tensor) -> Tensor:
+        """Sum of y x^T over each expert's pairs [E, O, I]."""
+        out_EOI = x_PI.new_zeros(self.experts, y_PO.shape[1], x_PI.shape[1])
+        for expert, begin, end in self.present:
+            out_EOI[expert] = times(y_PO[begin:end].T, x_PI[begin:end].T)
+        return out_EOI
+
+    def sum_by_token(self, y_PW: Tensor) -> Tensor:
+        """Sum of each token's pairs [N, W] in float32 or wider, always in the same order."""
+        back_P = torch.empty_like(self.order_P).scatter_(
+            0, self.order_P, torch.arange(len(self.order_P), device=self.order_P.device))
+        if y_PW.dtype == torch.float32:  # the same sums without a reordered copy
+            return F.embedding_bag(back_P.view(-1, self.chosen), y_PW, mode="sum")
+        return wide(y_PW.index_select(0, back_P)).unflatten(0, (-1, self.chosen)).sum(1)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NW: Tensor, weight_NK: Tensor, gate_EFW: Tensor, up_EFW: Tensor, down_EWF: Tensor, expert_NK: Tensor,
+                limit: float) -> Tensor:
+        groups = _Groups(expert_NK, len(gate_EFW))
+        x_PW = x_NW.index_select(0, groups.token_P)
+        gate_PF, up_PF = groups.times(x_PW, gate_EFW), groups.times(x_PW, up_EFW)
+        ctx.save_for_backward(x_NW, weight_NK, gate_EFW, up_EFW, down_EWF, gate_PF, up_PF)
+        ctx.groups, ctx.limit = groups, limit
+        hidden_PF = F.silu(gate_PF.clamp(max=limit), inplace=True).mul_(up_PF.clamp(-limit, limit))
+        hidden_PF.mul_(weight_NK.flatten()[groups.order_P, None])
+        return groups.sum_by_token(groups.times(hidden_PF, down_EWF))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NW: Tensor) -> tuple[Tensor | None, ...]:
+        x_NW, weight_NK, gate_EFW, up_EFW, down_EWF, gate_PF, up_PF = ctx.saved_tensors
+        groups, limit = ctx.groups, ctx.limit
+        grad_PW, x_PW = grad_NW.index_select(0, groups.token_P), x_NW.index_select(0, groups.token_P)
+        weight_P1 = weight_NK.flatten()[groups.order_P, None]
+        low_PF, bounded_PF = gate_PF.clamp(max=limit), up_PF.clamp(-limit, limit)
+        sigmoid_PF = low_PF.sigmoid()
+        silu_PF = low_PF * sigmoid_PF
+        plain_PF = silu_PF * bounded_PF
+        hidden_grad_PF = groups.times(grad_PW, down_EWF.mT)
+        weight_grad_P = (hidden_grad_PF * plain_PF).sum(-1)
+        down_grad_EWF = groups.outer(grad_PW, plain_PF.mul_(weight_P1))
+        hidden_grad_PF.mul_(weight_P1)
+        # d silu = sigmoid (1 + gate (1 - sigmoid)) = sigmoid + silu (1 - sigmoid); nothing passes a clamp that acts.
+        slope_PF = torch.addcmul(sigmoid_PF + silu_PF, silu_PF, sigmoid_PF, value=-1)
+        gate_grad_PF = slope_PF.mul_(bounded_PF).mul_(hidden_grad_PF).masked_fill_(gate_PF > limit, 0)
+        up_grad_PF = silu_PF.mul_(hidden_grad_PF).masked_fill_(up_PF.abs() > limit, 0)
+        x_grad_PW = groups.times(gate_grad_PF, gate_EFW.mT).add_(groups.times(up_grad_PF, up_EFW.mT))
+        weight_grad_NK = torch.empty_like(weight_NK).view(-1).index_copy_(0, groups.order_P, weight_grad_P).view_as(weight_NK)
+        return (groups.sum_by_token(x_grad_PW).to(x_NW.dtype), weight_grad_NK, groups.outer(gate_grad_PF, x_PW),
+                groups.outer(up_grad_PF, x_PW), down_grad_EWF, None, None)
+
+
+def _supports(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matrix, up_EFW: Matrix, down_EWF: Matrix, limit: float,
+              rounding: Rounding = EXACT) -> bool:
+    matrices = gate_EFW, up_EFW, down_EWF
+    if rounding is not EXACT or not all(isinstance(x, Tensor) and x.dtype == x_NW.dtype for x in matrices):
+        return False
+    exact = x_NW.dtype in (torch.float32, torch.float64) and weight_NK.dtype == x_NW.dtype
+    asks = torch.is_grad_enabled() and any(x.requires_grad for x in (x_NW, weight_NK, *matrices))
+    return x_NW.device.type == "cpu" and len(x_NW) > 0 and (exact or x_NW.dtype == torch.bfloat16 and not asks)
+
+
+@routed_experts.register("cpu", supports=_supports)
+def routed_experts_cpu(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Tensor, up_EFW: Tensor, down_EWF: Tensor, limit: float,
+                       rounding: Rounding = EXACT) -> Tensor:
+    """`routed_experts` for plain matrices in the inputs' dtype: float32 and float64 with gradients, bfloat16 without."""
+    arguments = x_NW, weight_NK, gate_EFW, up_EFW, down_EWF
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments):
+        return _RoutedExperts.apply(*arguments, expert_NK, limit)
+    groups = _Groups(expert_NK, len(gate_EFW))
+    x_PW, weight_P1 = x_NW.index_select(0, groups.token_P), weight_NK.flatten()[groups.order_P, None]
+    out_PW = torch.empty_like(x_PW)
+    for expert, begin, end in groups.present:  # an expert's activations stay in cache
+        rows = rounded_rows(x_PW, begin, end)
+        gate_nF, up_nF = (wide(times(x_PW[rows], matrix_EFW[expert])) for matrix_EFW in (gate_EFW, up_EFW))
+        hidden_nF = F.silu(gate_nF.clamp_(max=limit), inplace=True).mul_(up_nF.clamp_(-limit, limit)).mul_(weight_P1[rows])
+        out_PW[begin:end] = times(hidden_nF.to(x_NW.dtype), down_EWF[expert])[:end - begin]
+    return groups.sum_by_token(out_PW)
