@@ -12,6 +12,26 @@ from fathom.errors import InputError
 from fathom.quant.records import EntryRecord, KeyRecord, PlainRecord
 
 
+class Moves:
+    """How one call's new tokens move the rings on: row b's first count_B[b] of `tokens` new items, at positions from start_B[b] on."""
+
+    def __init__(self, start_B: Tensor, count_B: Tensor, tokens: int):
+        self.start_B, self.count_B, self.tokens = start_B, count_B, tokens
+        self.whole = bool((count_B == tokens).all())
+        self._writes: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def writes(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """Slots [B, W] of a ring of this size that are written, and which new item goes there [B, W], negative for none.
+
+        None for the second where no row is padded: then the last W new items do.
+        """
+        if size not in self._writes:
+            written = min(size, self.tokens)
+            index_BW = self.count_B[:, None] - written + torch.arange(written, device=self.count_B.device)
+            self._writes[size] = (self.start_B[:, None] + index_BW) % size, None if self.whole else index_BW
+        return self._writes[size]
+
+
 class Ring:
     """The last R items of each row: position p lies in slot p mod R of `items_BRC`, as a record."""
 
@@ -19,19 +39,17 @@ class Ring:
         self.record = record
         self.items_BRC = torch.zeros(batch, size, record.width, dtype=record.dtype, device=device)
 
-    def extend(self, new_BSC: Tensor, start_B: Tensor, count_B: Tensor) -> Tensor:
-        """The old items followed by the new ones [B, R + S, C]; afterwards the ring holds the newest R.
-
-        Row b's new items are new_BSC[b, :count_B[b]], at positions from start_B[b] on.
-        """
+    def extend(self, new_BSC: Tensor, moves: Moves) -> Tensor:
+        """The old items followed by the new ones [B, R + S, C]; afterwards the ring holds the newest R."""
         joined = torch.cat([self.items_BRC, self.record.pack(new_BSC)], 1)
         R = self.items_BRC.shape[1]
-        written = min(R, new_BSC.shape[1])
-        index_BW = count_B[:, None] - written + torch.arange(written, device=count_B.device)
-        slot_BW1 = ((start_B[:, None] + index_BW) % R)[..., None].expand(-1, -1, joined.shape[2])
-        newest = joined.gather(1, (R + index_BW.clamp(min=0))[..., None].expand_as(slot_BW1))
-        kept = self.items_BRC.gather(1, slot_BW1)
-        self.items_BRC.scatter_(1, slot_BW1, newest.where(index_BW[..., None] >= 0, kept))
+        slot_BW, index_BW = moves.writes(R)
+        slot_BW1 = slot_BW[..., None].expand(-1, -1, joined.shape[2])
+        newest = joined[:, joined.shape[1] - slot_BW.shape[1]:]
+        if index_BW is not None:
+            newest = joined.gather(1, (R + index_BW.clamp(min=0))[..., None].expand_as(slot_BW1))
+            newest = newest.where(index_BW[..., None] >= 0, self.items_BRC.gather(1, slot_BW1))
+        self.items_BRC.scatter_(1, slot_BW1, newest)
         return self.record.unpack(joined)
 
 

@@ -35,7 +35,9 @@ class Compressor(nn.Module):
         score_BSC = self.gate(x_BSW) + ops.wide(self.position_bias)[layout.position_BS % self.ratio]
         raw_BJC = torch.cat([self.value(x_BSW), score_BSC], -1)
         if stream is not None:
-            raw_BJC = stream.tail.extend(raw_BJC, layout.start_B, layout.count_B)
+            raw_BJC = stream.tail.extend(raw_BJC, layout.moves)
+            if not len(blocks.row_N):  # most decoded tokens complete no block
+                return stream.entries(blocks.entries)
         value_BJC, score_BJC = raw_BJC.chunk(2, -1)
         pooled_ND = ops.pool_blocks(value_BJC, score_BJC, blocks.current_NR, blocks.previous_NR, blocks.has_previous_N)
         new_ND = rounded(rotate(self.norm(pooled_ND.to(x_BSW.dtype)), layout.turn(blocks.position_N, compressed=True)))

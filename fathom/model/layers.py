@@ -1,6 +1,7 @@
 """Small shared layers: linear, RMS norms, interleaved rotary with its inverse, YaRN frequencies (report 2.3.3)."""
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,8 @@ class RMSNorm(nn.Module):
         return rms_normalise(x, self.eps, self.weight)
 
 
+@lru_cache
+@torch.inference_mode(False)
 def rotary_frequencies(channels: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Radians per position [channels / 2] in float32; with YaRN the slow ones are divided by its factor.
 

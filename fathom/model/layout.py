@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fathom.config import ModelConfig, kind_of_ratio
-from fathom.model.cache import Cache
+from fathom.model.cache import Cache, Moves
 from fathom.model.layers import rotary_frequencies
 
 
@@ -43,6 +43,7 @@ class Layout:
         B, S = position_BS.shape
         self.position_BS, self.count_B = position_BS, count_B
         self.start_B = torch.zeros_like(count_B) if cache is None else cache.length_B.clone()
+        self.moves = Moves(self.start_B, count_B, S)
         step_S = torch.arange(S, device=position_BS.device)
         self.place_BS = self.start_B[:, None] + step_S
         self.reach_BS = position_BS.clamp(max=config.sliding_window - 1)

@@ -4,6 +4,7 @@ It knows one batch and its cache; nothing of files, optimisers, requests or devi
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ class Transformer(nn.Module):
         [B, 1, V] of each row's last new token. Raises InputError for ids outside the vocabulary, empty input and rows
         that get too long.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+        with torch.inference_mode() if cache is not None else nullcontext():
             layout = self._layout(input_ids, position_BS, cache, count_B)
             X_BSNW, _ = self._trunk(input_ids, layout, cache, None)
             if cache is not None:

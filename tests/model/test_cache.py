@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fathom.errors import InputError
-from fathom.model.cache import Ring
-from fathom.quant.records import PlainRecord
+from fathom.model.cache import Moves, Ring
 from fathom.model.transformer import Transformer
+from fathom.quant.records import PlainRecord
 from tests.models import random_model, random_tokens, small_config
 
 MIXED = small_config([0, 4, 128, 3, 17], sliding_window=20, num_hash_layers=2)
@@ -118,7 +118,7 @@ def test_ring_holds_the_last_items_of_each_row(counts, size):
         new = torch.full((2, max(max(pair), 1), 1), -1.0)
         for row in (0, 1):
             new[row, :pair[row], 0] = torch.arange(seen[row], seen[row] + pair[row]) + 1.0
-        ring.extend(new, torch.tensor(seen), torch.tensor(pair))
+        ring.extend(new, Moves(torch.tensor(seen), torch.tensor(pair), new.shape[1]))
         seen = [seen[0] + pair[0], seen[1] + pair[1]]
         for row in (0, 1):
             for position in range(max(seen[row] - size, 0), seen[row]):

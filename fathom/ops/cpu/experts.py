@@ -15,16 +15,27 @@ from fathom.ops.linear import Matrix
 from fathom.ops.precision import wide
 from fathom.quant.rounding import EXACT, Rounding
 
+_FEW_PAIRS = 64
+
+
 class _Groups:
     """The pairs in the order of their experts, and products with one matrix for each expert."""
 
     def __init__(self, expert_NK: Tensor, experts: int):
         N, K = expert_NK.shape
-        expert_P = expert_NK.flatten()
-        order_P = expert_P.argsort(stable=True)
-        self.order_P, self.token_P, self.chosen, self.experts = order_P, order_P // K, K, experts
-        ends = expert_P.bincount(minlength=experts).cumsum(0).tolist()
-        self.present = [(expert, begin, end) for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > begin]
+        self.chosen, self.experts = K, experts
+        if N * K <= _FEW_PAIRS:  # plain Python is faster than that many small operations
+            expert_P = expert_NK.flatten().tolist()
+            order = sorted(range(N * K), key=expert_P.__getitem__)
+            begins = [place for place, pair in enumerate(order) if not place or expert_P[pair] != expert_P[order[place - 1]]]
+            self.present = [(expert_P[order[begin]], begin, end) for begin, end in zip(begins, [*begins[1:], N * K], strict=True)]
+            self.order_P, self.token_P = torch.tensor(order), torch.tensor([pair // K for pair in order])
+        else:
+            expert_P = expert_NK.flatten()
+            self.order_P = expert_P.argsort(stable=True)
+            self.token_P = self.order_P // K
+            ends = expert_P.bincount(minlength=experts).cumsum(0).tolist()
+            self.present = [(expert, begin, end) for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > begin]
 
     def times(self, x_PI: Tensor, matrix_EOI: Tensor) -> Tensor:
         """Each pair's row times its expert's transposed matrix [P, O]."""
@@ -44,7 +55,7 @@ class _Groups:
         """Sum of each token's pairs [N, W] in float32 or wider, always in the same order."""
         back_P = torch.empty_like(self.order_P).scatter_(
             0, self.order_P, torch.arange(len(self.order_P), device=self.order_P.device))
-        if y_PW.dtype == torch.float32:  # the same sums without a reordered copy
+        if y_PW.dtype == torch.float32 and len(y_PW) > _FEW_PAIRS:  # the same sums without a reordered copy
             return F.embedding_bag(back_P.view(-1, self.chosen), y_PW, mode="sum")
         return wide(y_PW.index_select(0, back_P)).unflatten(0, (-1, self.chosen)).sum(1)
 
@@ -106,6 +117,11 @@ def routed_experts_cpu(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_
         return _RoutedExperts.apply(*arguments, expert_NK, limit)
     groups = _Groups(expert_NK, len(gate_EFW))
     x_PW, weight_P1 = x_NW.index_select(0, groups.token_P), weight_NK.flatten()[groups.order_P, None]
+    if len(x_PW) <= _FEW_PAIRS:
+        gate_PF, up_PF = (wide(torch.cat([times(x_PW[begin:end], matrix_EFW[expert]) for expert, begin, end in groups.present]))
+                          for matrix_EFW in (gate_EFW, up_EFW))
+        hidden_PF = F.silu(gate_PF.clamp_(max=limit), inplace=True).mul_(up_PF.clamp_(-limit, limit)).mul_(weight_P1).to(x_NW.dtype)
+        return groups.sum_by_token(torch.cat([times(hidden_PF[begin:end], down_EWF[expert]) for expert, begin, end in groups.present]))
     out_PW = torch.empty_like(x_PW)
     for expert, begin, end in groups.present:  # an expert's activations stay in cache
         rows = rounded_rows(x_PW, begin, end)

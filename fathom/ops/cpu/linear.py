@@ -18,6 +18,7 @@ _TILE_NUMBERS = 1 << 20  # of a dequantised tile: 2 MB in bfloat16, which stays 
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _table(fp4: bool, dtype: torch.dtype) -> Tensor:
     """What two bytes stand for, as one integer each [65536]: four FP4 or two FP8 numbers in `dtype`."""
     low, high = torch.arange(1 << 16) & 255, torch.arange(1 << 16) >> 8
@@ -59,6 +60,7 @@ def _dense_rows(weight: Packed, first: int, last: int, dtype: torch.dtype) -> Te
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _exponents(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(E8M0).to(dtype)
 

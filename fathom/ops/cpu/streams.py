@@ -39,28 +39,34 @@ def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 @lru_cache
-def _sums(N: int) -> tuple[Tensor, Tensor]:
-    """Products with these [R, R] put the sum of its column, or of its row, in the place of each number of an N x N matrix."""
-    ones, identity = torch.ones(N, N), torch.eye(N)
-    return torch.kron(ones, identity), torch.kron(identity, ones)
+@torch.inference_mode(False)
+def _sums(N: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Products with these [R, R + 1] put the sum of its column, or of its row, plus eps in the place of each number of an N x N matrix,
+    behind whose numbers a 1 stands.
+    """
+    ones, identity, last = torch.ones(N, N), torch.eye(N), torch.full((N * N, 1), eps)
+    return torch.cat([torch.kron(ones, identity), last], 1), torch.cat([torch.kron(identity, ones), last], 1)
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _scale_index(N: int) -> Tensor:
     return torch.arange(3).repeat_interleave(torch.tensor([N, N, N * N]))
 
 
 def _balance(softmax_RT: Tensor, iterations: int, eps: float, divisors: list[Tensor] | None = None) -> Tensor:
     """Doubly stochastic matrices [R, T] from their softmaxes (eq. 8); the 2 iterations - 1 divisors [R, T] go to `divisors`."""
-    sums, eps_11 = _sums(round(len(softmax_RT)**0.5)), torch.full((1, 1), eps)
-    matrix_RT = softmax_RT + eps
-    divisor_RT = torch.empty_like(matrix_RT)
+    R, T = softmax_RT.shape
+    sums = _sums(round(R**0.5), eps)
+    matrix_ZT = softmax_RT.new_ones(R + 1, T)
+    matrix_RT = torch.add(softmax_RT, eps, out=matrix_ZT[:R])
+    divisor_RT = torch.empty_like(softmax_RT)
     for step in range(2 * iterations - 1):
-        torch.addmm(eps_11, sums[step % 2], matrix_RT, out=divisor_RT)
+        torch.mm(sums[step % 2], matrix_ZT, out=divisor_RT)
         matrix_RT.div_(divisor_RT)
         if divisors is not None:
             divisors.append(divisor_RT)
-            divisor_RT = torch.empty_like(matrix_RT)
+            divisor_RT = torch.empty_like(softmax_RT)
     return matrix_RT
 
 
@@ -75,7 +81,7 @@ def _balance_backward(grad_RT: Tensor, logits_RT: Tensor, iterations: int, eps: 
 
     With y = x / (sum x + eps) and g = y dy, the gradient with respect to log y, each step is g <- g - y sum g.
     """
-    sums = _sums(round(len(logits_RT)**0.5))
+    sums = [sums_RZ[:, :-1] for sums_RZ in _sums(round(len(logits_RT)**0.5), eps)]
     groups = []
     for grad_Rt, logits_Rt in zip(grad_RT.split(_GROUP_TOKENS, 1), logits_RT.split(_GROUP_TOKENS, 1), strict=True):
         softmax_Rt, divisors = _softmax(logits_Rt.contiguous()), []
