@@ -1,0 +1,1 @@
+"""Measurements: what the package costs on the machine at hand, beside other programs."""

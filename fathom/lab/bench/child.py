@@ -1,0 +1,70 @@
+"""Fathom's own measuring process: `python -m fathom.lab.bench.child JSON`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fathom.checkpoint.layouts import FLOAT32
+from fathom.checkpoint.names import places
+from fathom.data.packing import Batch
+from fathom.engine.engine import PREFILL_CHUNK, dtype_of
+from fathom.lab.bench.measure import measure, serve
+from fathom.lab.bench.plan import Case
+from fathom.model.cache import Cache
+from fathom.model.transformer import Transformer
+from fathom.ops import IGNORE
+from fathom.optim.muon import AdamW, Muon, Optimizer
+from fathom.train.loop import Loop
+from fathom.train.objective import LossWeights, move_router_biases, objective
+
+RATE, BIAS_SPEED = 1e-4, 1e-3
+
+
+class Fathom:
+    """Our model with random weights, in the dtypes that `load_model` would give it."""
+
+    settings = ("",)
+
+    def __init__(self, case: Case):
+        self.model = cast(Transformer(case.config).initialise(case.seed), dtype_of(case.dtype)).eval()
+        self.chunk, self.mtp = case.chunk or PREFILL_CHUNK, case.mtp
+        self.optimizer: Optimizer | None = None
+        self.facts: dict[str, Any] = {}
+
+    def use(self, setting: str) -> None:
+        """There is one way."""
+
+    def new_cache(self, batch: int, tokens: int) -> Cache:
+        """An empty cache."""
+        return self.model.new_cache(batch, tokens)
+
+    def feed(self, cache: Cache, token_BS: Tensor) -> None:
+        """Extend the cache by tokens [B, S] and compute the logits after the last one."""
+        self.model(token_BS, cache=cache, last_only=True)
+
+    def train(self, token_BS: Tensor) -> None:
+        """A step as in pre-training after its dense start: losses, gradients, clipping, Muon and AdamW, router biases."""
+        if self.optimizer is None:
+            self.model.train()
+            self.optimizer = Optimizer(self.model.named_parameters(), self.model.config, Muon(), AdamW())
+        self.optimizer.zero_grad()
+        target_BS = torch.cat([token_BS[:, 1:], torch.full_like(token_BS[:, :1], IGNORE)], 1)
+        position_BS = torch.arange(token_BS.shape[1]).expand(token_BS.shape)
+        losses = objective(self.model, Batch(token_BS, target_BS, position_BS), LossWeights(), self.mtp, "sparse")
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), Loop().clip_norm)
+        self.optimizer.step(RATE)
+        move_router_biases(self.model, losses.observations, BIAS_SPEED)
+
+
+def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """Weights in `dtype`, except those that stay float32 in every layout."""
+    for name, place in places(model).items():
+        if place.tensor.is_floating_point() and not FLOAT32.search(name):
+            place.tensor.data = place.tensor.data.to(dtype)
+    return model
+
+
+if __name__ == "__main__":
+    serve(lambda text: measure(Case.from_json(text), Fathom))
