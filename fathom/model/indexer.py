@@ -45,6 +45,4 @@ class Indexer(nn.Module):
     def objective(scorer: tuple[Tensor, Tensor, Tensor], q_BSHD: Tensor, window: ops.Window, entries: ops.Entries,
                   sink_H: Tensor) -> Tensor:
         """KL of the scores' softmax from the attention that the entries got, over the entries that were read."""
-        with torch.no_grad():
-            mass_BSM = ops.entry_mass(q_BSHD, window, entries, sink_H)
-        return ops.index_divergence(ops.index_scores(*scorer), mass_BSM, ops.attended_entries(entries))
+        return ops.index_objective(*scorer, q_BSHD, window, entries, sink_H)

@@ -71,16 +71,16 @@ def window_blocks(window: Window) -> Iterator[tuple[_Block, Tensor]]:
     return _blocks(window, None)
 
 
-def _probabilities(q_BSHD: Tensor, window: Window, entries: Entries | None,
-                   sink_H: Tensor) -> Iterator[tuple[_Block, Tensor, Tensor]]:
-    """Each block with its keys [B, J, D] and the softmax [B, R, J] of its scores, in float32."""
+def probabilities(q_BSHD: Tensor, window: Window, entries: Entries | None,
+                  sink_H: Tensor) -> Iterator[tuple[_Block, Tensor, Tensor, Tensor]]:
+    """Each block with 0 or -inf [B, C, J], its keys [B, J, D] and the softmax [B, R, J] of its scores, in float32."""
     for block, bias_BCJ in _blocks(window, entries):
         q_BCHD = q_BSHD[:, block.queries]
         keys_BJD = block.keys(window.kv_BTD, None if entries is None else entries.kv_BMD)
         score_BCHJ = batch_times(q_BCHD.flatten(1, 2), keys_BJD).float().unflatten(1, q_BCHD.shape[1:3])
         torch.add(bias_BCJ[:, :, None], score_BCHJ, alpha=q_BCHD.shape[3]**-0.5, out=score_BCHJ)
         score_BCHJ[..., -1] = sink_H
-        yield block, keys_BJD, torch.softmax(score_BCHJ, -1, out=score_BCHJ).flatten(1, 2)
+        yield block, bias_BCJ, keys_BJD, torch.softmax(score_BCHJ, -1, out=score_BCHJ).flatten(1, 2)
 
 
 class _Attention(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q_BSHD: Tensor, kv_BTD: Tensor, kv_BMD: Tensor | None, sink_H: Tensor, window: Window,
                 entries: Entries | None) -> Tensor:
         out_BSHD = torch.empty_like(q_BSHD)
-        for block, keys_BJD, probability_BRJ in _probabilities(q_BSHD, window, entries, sink_H):
+        for block, _, keys_BJD, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
             out_BRD = batch_times(probability_BRJ.to(keys_BJD.dtype), keys_BJD.mT)
             out_BSHD[:, block.queries] = out_BRD.unflatten(1, (-1, len(sink_H)))
         ctx.save_for_backward(q_BSHD, kv_BTD, kv_BMD, sink_H)
@@ -104,7 +104,7 @@ class _Attention(torch.autograd.Function):
         H, D = q_BSHD.shape[2:]
         q_grad_BSHD, kv_grad_BTD, sink_grad_H = torch.empty_like(q_BSHD), torch.zeros_like(kv_BTD), q_BSHD.new_zeros(H)
         kv_grad_BMD = None if kv_BMD is None else torch.zeros_like(kv_BMD)
-        for block, keys_BJD, probability_BRJ in _probabilities(q_BSHD, window, entries, sink_H):
+        for block, _, keys_BJD, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
             q_BRD, grad_BRD = (x[:, block.queries].flatten(1, 2) for x in (q_BSHD, grad_BSHD))
             score_grad_BRJ = batch_times(grad_BRD, keys_BJD).mul_(probability_BRJ)
             score_grad_BRJ.addcmul_(probability_BRJ, score_grad_BRJ.sum(-1, keepdim=True), value=-1)
@@ -152,7 +152,7 @@ def attention_cpu(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_
 def entry_mass_cpu(q_BSHD: Tensor, window: Window, entries: Entries, sink_H: Tensor) -> Tensor:
     """`entry_mass` for enough queries, where no gradient is asked for."""
     mass_BSM = torch.zeros(*q_BSHD.shape[:2], entries.kv_BMD.shape[1])
-    for block, _, probability_BRJ in _probabilities(q_BSHD, window, entries, sink_H):
+    for block, _, _, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
         mass_BCM = mass_BSM[:, block.queries, block.slots]
         first = block.places.stop - block.places.start
         entries_BRM = probability_BRJ[..., first:first + mass_BCM.shape[2]]
