@@ -97,3 +97,14 @@ def test_router_loads_respond_to_the_bias():
     assert load.max() / load.mean() < 1.25
     router.bias[3] += 100
     assert objective(model, data, LossWeights(), 0.0, "sparse").observations[1].routing.load_E[3] == 4 * 64
+
+
+def test_recomputed_blocks_give_the_same_loss_and_gradients(model, monkeypatch):
+    data = batch([40, 24])
+    runs = []
+    for above in (10_000, 10):
+        monkeypatch.setattr(type(model), "recompute_above", above)
+        losses = objective(model, data, LossWeights(), 0.3, "sparse")
+        runs.append([losses.total, *torch.autograd.grad(losses.total, list(model.parameters()), allow_unused=True)])
+    for expected, found in zip(*runs, strict=True):
+        assert expected is found is None or torch.equal(expected, found)

@@ -78,23 +78,27 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx, grad_NW: Tensor) -> tuple[Tensor | None, ...]:
         x_NW, weight_NK, gate_EFW, up_EFW, down_EWF, gate_PF, up_PF = ctx.saved_tensors
         groups, limit = ctx.groups, ctx.limit
-        grad_PW, x_PW = grad_NW.index_select(0, groups.token_P), x_NW.index_select(0, groups.token_P)
         weight_P1 = weight_NK.flatten()[groups.order_P, None]
-        low_PF, bounded_PF = gate_PF.clamp(max=limit), up_PF.clamp(-limit, limit)
-        sigmoid_PF = low_PF.sigmoid()
-        silu_PF = low_PF * sigmoid_PF
-        plain_PF = silu_PF * bounded_PF
+        bounded_PF, silu_PF = up_PF.clamp(-limit, limit), gate_PF.clamp(max=limit)
+        sigmoid_PF = silu_PF.sigmoid()
+        plain_PF = silu_PF.mul_(sigmoid_PF) * bounded_PF
+        grad_PW = grad_NW.index_select(0, groups.token_P)
         hidden_grad_PF = groups.times(grad_PW, down_EWF.mT)
         weight_grad_P = (hidden_grad_PF * plain_PF).sum(-1)
         down_grad_EWF = groups.outer(grad_PW, plain_PF.mul_(weight_P1))
+        del grad_PW, plain_PF  # what is large goes as soon as it has served
         hidden_grad_PF.mul_(weight_P1)
         # d silu = sigmoid (1 + gate (1 - sigmoid)) = sigmoid + silu (1 - sigmoid); nothing passes a clamp that acts.
-        slope_PF = torch.addcmul(sigmoid_PF + silu_PF, silu_PF, sigmoid_PF, value=-1)
+        slope_PF = torch.rsub(sigmoid_PF, 1).mul_(silu_PF).add_(sigmoid_PF)
         gate_grad_PF = slope_PF.mul_(bounded_PF).mul_(hidden_grad_PF).masked_fill_(gate_PF > limit, 0)
         up_grad_PF = silu_PF.mul_(hidden_grad_PF).masked_fill_(up_PF.abs() > limit, 0)
+        del sigmoid_PF, bounded_PF, hidden_grad_PF
         x_grad_PW = groups.times(gate_grad_PF, gate_EFW.mT).add_(groups.times(up_grad_PF, up_EFW.mT))
+        x_grad_NW = groups.sum_by_token(x_grad_PW).to(x_NW.dtype)
+        del x_grad_PW
+        x_PW = x_NW.index_select(0, groups.token_P)
         weight_grad_NK = torch.empty_like(weight_NK).view(-1).index_copy_(0, groups.order_P, weight_grad_P).view_as(weight_NK)
-        return (groups.sum_by_token(x_grad_PW).to(x_NW.dtype), weight_grad_NK, groups.outer(gate_grad_PF, x_PW),
+        return (x_grad_NW, weight_grad_NK, groups.outer(gate_grad_PF, x_PW),
                 groups.outer(up_grad_PF, x_PW), down_grad_EWF, None, None)
 
 
