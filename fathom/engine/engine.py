@@ -12,7 +12,7 @@ from fathom.errors import InputError
 from fathom.model.transformer import Transformer
 from fathom.text.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 512  # tokens; bounds the memory of a long prompt
+PREFILL_CHUNK = 1024  # tokens; bounds the memory of a long prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

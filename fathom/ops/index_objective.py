@@ -14,7 +14,7 @@ def index_objective(index_q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, 
                     sink_H: Tensor) -> Tensor:
     """Mean KL, a scalar in float32, of the scores' softmax from the heads' attention, over the entries that each query reads.
 
-    Scores as `index_scores` makes them from the first three; attention as `entry_mass`, which gets no gradient.
+    Scores [B, S, M] as `index_scores` makes them from the first three; attention as `entry_mass`, which gets no gradient.
     """
     with torch.no_grad():
         mass_BSM = entry_mass(q_BSHD, window, entries, sink_H)

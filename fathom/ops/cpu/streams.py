@@ -191,14 +191,13 @@ def stream_coefficients_cpu(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: T
     return tuple(x.unflatten(0, X_BSNW.shape[:2]) for x in coefficients)
 
 
-def _narrow_on_cpu(X_BSNW: Tensor, *others: Tensor) -> bool:
-    return X_BSNW.dtype == torch.bfloat16 and _on_cpu(X_BSNW, *others)
-
-
-@streams_in.register("cpu", supports=_narrow_on_cpu)
+@streams_in.register("cpu", supports=lambda X_BSNW, pre_BSN: (
+    _on_cpu(X_BSNW, pre_BSN) and not (torch.is_grad_enabled() and (X_BSNW.requires_grad or pre_BSN.requires_grad))))
 def streams_in_cpu(X_BSNW: Tensor, pre_BSN: Tensor) -> Tensor:
-    """`streams_in` for bfloat16; in float32 the definition is as fast as memory."""
+    """`streams_in` without gradients; with them the definition is as fast as memory."""
     X_TNW, pre_TN = _tokens_first(X_BSNW), wide(pre_BSN).flatten(0, 1)
+    if X_TNW.dtype == torch.float32:
+        return torch.bmm(pre_TN[:, None], X_TNW)[:, 0].unflatten(0, X_BSNW.shape[:2])
     x_TW = X_TNW.new_empty(len(X_TNW), X_TNW.shape[2])
     for X_tNW, pre_tN, x_tW in _groups(X_TNW, pre_TN, x_TW):
         x_tW.copy_(torch.bmm(pre_tN[:, None], X_tNW.float())[:, 0])
