@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fathom.ops.cpu import orthogonalize as cpu
 from fathom.ops.orthogonalize import HYBRID, orthogonalize
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (16, 16), (24, 96), (96, 24), (64, 64), (65, 63), (128, 640)]
@@ -72,3 +73,25 @@ def test_precision_is_float32_or_wider_and_the_input_is_left_alone():
         before = matrices_BNM.clone()
         assert orthogonalize(matrices_BNM).dtype == torch.promote_types(dtype, torch.float32)
         assert torch.equal(matrices_BNM, before)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (7, 1), (24, 96), (96, 24), (65, 63), (256, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_group_by_group_it_is_the_definition(rows, columns, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "_NUMBERS", 3 * rows * columns)  # groups of three, the last one short
+    matrices_BNM = random_matrices(7, rows, columns, dtype)
+    assert orthogonalize.choose(matrices_BNM)[0] == "cpu"
+    found, expected = orthogonalize(matrices_BNM), orthogonalize.definition(matrices_BNM)
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found, orthogonalize(matrices_BNM))
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 8), (24, 96), (96, 24), (256, 512), (128, 640)])
+def test_steps_in_bfloat16_settle_the_singular_values_too(rows, columns):
+    X_BNM = orthogonalize(random_matrices(3, rows, columns), dtype=torch.bfloat16)
+    assert X_BNM.dtype == torch.float32
+    values = torch.linalg.svdvals(X_BNM)
+    assert values.min() > 0.95 and values.max() < 1.05
+    exact_BNM = orthogonalize(random_matrices(3, rows, columns))
+    assert (X_BNM - exact_BNM).norm() < 0.03 * exact_BNM.norm()

@@ -253,3 +253,32 @@ def test_two_runs_give_the_same_bits():
             optimizer.step(0.01)
         results.append(named)
     assert all(torch.equal(results[0][name], results[1][name]) for name in MODEL)
+
+
+def test_the_precision_of_the_steps_follows_the_recipe_and_the_machine(monkeypatch):
+    parameter = torch.zeros(2, 2)
+    assert Muon(precision="bfloat16").dtype(parameter) is torch.bfloat16
+    assert Muon(precision="float32").dtype(parameter) is None
+    for native, expected in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr("fathom.optim.muon.multiplies_bfloat16", lambda device, native=native: native)
+        assert Muon().dtype(parameter) is expected
+    assert Muon(precision="bfloat16").dtype(parameter.double()) is None
+    with pytest.raises(RecipeError, match="precision is half; allowed: auto, bfloat16, float32"):
+        Muon(precision="half")
+
+
+def test_parameters_of_one_shape_are_updated_alike_however_many_go_together(monkeypatch):
+    """Three parameters in one call, and each in a call of its own."""
+    results = []
+    for together in (10_000, 1):
+        monkeypatch.setattr("fathom.optim.muon.TOGETHER", together)
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(3)]
+        optimizer = MuonOptimizer([{"params": [parameter], "blocks": 2} for parameter in parameters], Muon(precision="float32"))
+        for parameter in parameters:
+            parameter.grad = torch.randn(4, 6, generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        optimizer.step()
+        results.append(torch.stack([parameter.detach() for parameter in parameters]))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
