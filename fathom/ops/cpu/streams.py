@@ -5,7 +5,7 @@ of R = N N numbers, and one product with zeros and ones sums their rows or colum
 them. float32, and bfloat16 where no gradient is asked for, a group of tokens at a time; anything else is left to the definition.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -32,10 +32,12 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.contiguous().flatten(0, 1)
 
 
-def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors [T, ...] in groups of tokens; the first of them counts."""
+def _in_groups(function: Callable[..., Tensor], *tensors: Tensor, dim: int = 0) -> Tensor:
+    """What a function makes of tensors [T, ...], a group of tokens at a time, joined along `dim`; the first tensor counts."""
     size = max(1, _GROUP // max(1, tensors[0][:1].numel()))
-    return zip(*(x.split(size) for x in tensors), strict=True)
+    if len(tensors[0]) <= size:
+        return function(*tensors)
+    return torch.cat([function(*group) for group in zip(*(x.split(size) for x in tensors), strict=True)], dim)
 
 
 @lru_cache
@@ -184,9 +186,8 @@ def stream_coefficients_cpu(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: T
     if torch.is_grad_enabled():
         coefficients = _StreamCoefficients.apply(x_TI, fn, base, scale_R, N, iterations, eps, norm_eps)
     else:
-        groups = [x_TI] if x_TI.dtype == torch.float32 else [x_tI.float() for x_tI, in _groups(x_TI)]
-        products = [_products(x_tI, fn, norm_eps)[0] for x_tI in groups]
-        mix_RT = products[0] if len(products) == 1 else torch.cat(products, 1)
+        mix_RT = (_products(x_TI, fn, norm_eps)[0] if x_TI.dtype == torch.float32 else
+                  _in_groups(lambda x_tI: _products(x_tI.float(), fn, norm_eps)[0], x_TI, dim=1))
         *coefficients, _ = _coefficients(mix_RT, base, scale_R, N, iterations, eps)
     return tuple(x.unflatten(0, X_BSNW.shape[:2]) for x in coefficients)
 
@@ -198,9 +199,7 @@ def streams_in_cpu(X_BSNW: Tensor, pre_BSN: Tensor) -> Tensor:
     X_TNW, pre_TN = _tokens_first(X_BSNW), wide(pre_BSN).flatten(0, 1)
     if X_TNW.dtype == torch.float32:
         return torch.bmm(pre_TN[:, None], X_TNW)[:, 0].unflatten(0, X_BSNW.shape[:2])
-    x_TW = X_TNW.new_empty(len(X_TNW), X_TNW.shape[2])
-    for X_tNW, pre_tN, x_tW in _groups(X_TNW, pre_TN, x_TW):
-        x_tW.copy_(torch.bmm(pre_tN[:, None], X_tNW.float())[:, 0])
+    x_TW = _in_groups(lambda X_tNW, pre_tN: torch.bmm(pre_tN[:, None], X_tNW.float())[:, 0].to(X_tNW.dtype), X_TNW, pre_TN)
     return x_TW.unflatten(0, X_BSNW.shape[:2])
 
 
@@ -211,7 +210,6 @@ def streams_out_cpu(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: T
     if X_TNW.dtype == y_TW.dtype == torch.float32:
         out_TNW = _StreamsOut.apply(X_TNW, y_TW, wide(post_TN), wide(res_TNN))
     else:
-        out_TNW = torch.empty_like(X_TNW)
-        for X_tNW, y_tW, post_tN, res_tNN, out_tNW in _groups(X_TNW, y_TW, wide(post_TN), wide(res_TNN), out_TNW):
-            out_tNW.copy_((post_tN[..., None] * y_tW[:, None]).baddbmm_(res_tNN.mT, X_tNW.float()))
+        out_TNW = _in_groups(lambda X_tNW, y_tW, post_tN, res_tNN: (
+            post_tN[..., None] * y_tW[:, None]).baddbmm_(res_tNN.mT, X_tNW.float()).to(X_tNW.dtype), X_TNW, y_TW, wide(post_TN), wide(res_TNN))
     return out_TNW.unflatten(0, X_BSNW.shape[:2])
