@@ -42,7 +42,7 @@ class Transformer(nn.Module):
     """A DeepSeek-V4 language model. Made with unset weights: call `initialise`, or load a checkpoint.
 
     A training step of more tokens than `recompute_above` keeps only the streams between blocks and computes each block anew in the
-    backward pass: less than half of the memory for a fifth more time.
+    backward pass: half of the memory for a third more time.
     """
 
     recompute_above = 8192
