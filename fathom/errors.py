@@ -31,3 +31,7 @@ class InputError(FathomError, ValueError):
 
 class ChatFormatError(FathomError, ValueError):
     """Messages that cannot be encoded, or generated text that breaks the chat format."""
+
+
+class QueueFull(FathomError):
+    """More requests than the engine's queue holds; try again later."""

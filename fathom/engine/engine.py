@@ -1,18 +1,31 @@
-"""Tokens in, tokens out: prefill in chunks, then one token at a time, streamed as they are chosen."""
+"""The face of the engine: requests in, their answers out, step by step, many at a time over one model."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
-from fathom.engine.sampler import Sampler, Sampling
-from fathom.errors import InputError
+from fathom.engine.answer import Answer
+from fathom.engine.block_pool import BlockPool
+from fathom.engine.disk_cache import DiskCache
+from fathom.engine.fingerprint import model_fingerprint
+from fathom.engine.grammar import Grammars
+from fathom.engine.paged_cache import PagedCache
+from fathom.engine.prefix_cache import PrefixCache
+from fathom.engine.request import Output, Request, Stats
+from fathom.engine.runner import Runner
+from fathom.engine.sampler import Sampling
+from fathom.engine.scheduler import Place, Scheduler, Start
+from fathom.engine.settings import EngineSettings
+from fathom.errors import InputError, QueueFull
 from fathom.model.transformer import Transformer
 from fathom.text.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 1024  # tokens; bounds the memory of a long prompt
+MOST_BLOCKS = 1 << 20
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,14 +38,37 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 class Engine:
-    """A model with its tokenizer, ready to generate."""
+    """A model with its tokenizer, ready to generate. One thread at a time may use it.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, quantized_cache: bool = False):
-        self.model, self.tokenizer, self.quantized_cache = model.eval(), tokenizer, quantized_cache
+    `disk` is the prefix cache's second half; the engine closes it. InputError where the settings do not suit the model.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, quantized_cache: bool = False,
+                 settings: EngineSettings = EngineSettings(), disk: DiskCache | None = None):
+        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
+        self.config = config = model.config
+        if settings.drafts and not model.mtp:
+            raise InputError(f"drafts is {settings.drafts}, but this model has no MTP block; use drafts 0")
+        slots, blocks = _sizes(model, quantized_cache, settings)
+        self._cache = _paged_cache(model, blocks, slots, quantized_cache, settings.drafts)
+        block_tokens, spare = self._cache.block_tokens, 2 * settings.drafts
+        self._pool = BlockPool(blocks, self._forget)
+        self._interval = block_tokens if settings.window == "full" else settings.interval
+        self._prefix = PrefixCache(self._cache, self._pool, config.sliding_window * config.num_hidden_layers,
+                                   settings.state_bytes, disk) if settings.prefix_cache else None
+        self._scheduler = Scheduler(self._pool, slots, block_tokens, self._park)
+        room = min(config.max_position_embeddings, blocks * block_tokens)
+        self.max_tokens = room - spare
+        self._runner = Runner(model, self._cache, room, min(tokenizer.vocab_size, config.vocab_size), settings.drafts)
+        self._answers: dict[Place, Answer] = {}
+        self._twins: dict[int, list[Answer]] = {}  # by request: choices that wait for the first one's prompt
+        self._open: dict[int, int] = {}  # by request: choices that are not finished
+        self._mail: dict[int, deque[Output]] = {}  # outputs of requests that `run` follows
+        self._requests = self._prompt_tokens = self._hit_tokens = self._generated = 0
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu",
-             packed: bool = False) -> "Engine":
+    def load(cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", packed: bool = False,
+             settings: EngineSettings = EngineSettings()) -> "Engine":
         """Open a model folder, or the newest checkpoint of a run folder; it must hold a tokenizer.
 
         `packed` computes as the release does: FP8 and FP4 weights stay as stored, and the cache is in FP8 and FP4.
@@ -42,48 +78,259 @@ class Engine:
         model = load_model(folder, dtype, device, packed=packed, simulate_quantization=packed)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
-        return cls(model, tokenizer, packed)
+        disk = None
+        if settings.disk is not None and settings.prefix_cache:
+            name = model_fingerprint(folder, str(dtype), f"packed {packed}", f"drafts {bool(settings.drafts)}")
+            disk = DiskCache(settings.disk, settings.disk_bytes, name)
+        return cls(model, tokenizer, packed, settings, disk)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what answers may look like."""
+        return Grammars(self.tokenizer, self._runner.known, self.config.eos_token_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would advance anything."""
+        return bool(self._open)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its number. InputError for a prompt that the model cannot take, QueueFull where too many wait."""
+        self._check(request.prompt)
+        if len(self._scheduler.waiting) >= self.settings.waiting:
+            raise QueueFull(f"{self.settings.waiting} requests wait already; try again later")
+        self._requests += 1
+        sampling = request.sampling
+        ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else {self.config.eos_token_id})
+        limit = min(len(request.prompt) + sampling.max_tokens, self.max_tokens)
+        first, *twins = [Answer(self._requests, choice, request, limit, ends, self.tokenizer) for choice in range(request.choices)]
+        self._open[self._requests], self._twins[self._requests] = request.choices, twins
+        self._queue(first)
+        return self._requests
+
+    def step(self) -> list[Output]:
+        """Start who can start, read one piece of two prompts at most, write one token or more for each answer that is being written."""
+        while (place := self._scheduler.admit(self._find)) is not None:
+            self._start(self._answers[place])
+        prompts = [answer for answer in map(self._answers.get, self._scheduler.running) if self._reads(answer)]
+        shortest = min(prompts, key=lambda answer: answer.place.missing, default=None)
+        for answer in {*prompts[:1], shortest} - {None}:
+            self._read(answer)
+        self._write([answer for answer in map(self._answers.get, self._scheduler.running) if not self._reads(answer)])
+        outputs = [output for answer in [*self._answers.values()] if (output := self._collect(answer)) is not None]
+        for output in outputs:
+            if output.request in self._mail:
+                self._mail[output.request].append(output)
+        return [output for output in outputs if output.request not in self._mail]
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request and free its memory at once; it has no further output. Unknown and finished ones are ignored."""
+        for answer in [answer for answer in self._answers.values() if answer.request_id == request_id]:
+            self._scheduler.leave(answer.place)
+            del self._answers[answer.place]
+        self._open.pop(request_id, None)
+        self._twins.pop(request_id, None)
+
+    def run(self, request: Request) -> Iterator[Output]:
+        """The outputs of one request, stepping as needed; errors as of `add`, before the first. Closing it cancels the request."""
+        self._check(request.prompt)
+        return self._follow(request)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()) -> Iterator[int]:
         """Generated token ids, one by one; ends after the model's end token or one of `stop_ids` (also yielded),
-        after sampling.max_tokens, or where the context is full.
-
-        Raises InputError, before anything is computed, for an empty prompt, one that leaves no room in
-        max_position_embeddings, or ids outside the vocabulary.
+        after sampling.max_tokens, or where the context is full. Errors as of `run`.
         """
-        config = self.model.config
-        if not prompt:
-            raise InputError("the prompt is empty; give at least one token")
-        if len(prompt) >= config.max_position_embeddings:
-            raise InputError(f"the prompt has {len(prompt)} tokens; the model holds {config.max_position_embeddings} "
-                             "(max_position_embeddings), the answer included")
-        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if wrong:
-            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {config.vocab_size} ids")
-        return self._generate(list(prompt), sampling, {config.eos_token_id, *stop_ids})
-
-    def _generate(self, prompt: list[int], sampling: Sampling, stop_ids: set[int]) -> Iterator[int]:
-        limit = min(sampling.max_tokens, self.model.config.max_position_embeddings - len(prompt))
-        cache = self.model.new_cache(1, len(prompt) + limit, self.quantized_cache)
-        sampler, device = Sampler(sampling), cache.length_B.device
-        known = self.tokenizer.vocab_size  # the model's vocabulary may have rows that no token uses
-        for begin in range(0, len(prompt), PREFILL_CHUNK):
-            chunk = torch.tensor([prompt[begin:begin + PREFILL_CHUNK]], device=device)
-            logits_V = self.model(chunk, cache=cache, last_only=True).logits[0, 0, :known]
-        for made in range(1, limit + 1):
-            token = sampler.next_token(logits_V)
-            yield token
-            if token in stop_ids or made == limit:
-                return
-            logits_V = self.model(torch.tensor([[token]], device=device), cache=cache).logits[0, 0, :known]
+        return self._tokens(self.run(Request(tuple(prompt), sampling.stopping_at(stop_ids))))
 
     def text(self, prompt: str, sampling: Sampling, special: bool = False) -> Iterator[str]:
         """Continue plain text, piece by piece; the end token is not written. `special` reads special tokens in the prompt."""
         ids = self.tokenizer.encode(prompt, special=special)
         if not ids:
             raise InputError("the prompt is empty; give at least one character")
-        stream = self.tokenizer.stream()
-        for token in self.stream([self.tokenizer.bos_id, *ids], sampling):
-            if token != self.model.config.eos_token_id:
-                yield stream.push(token)
-        yield stream.flush()
+        yield from (output.text for output in self.run(Request((self.tokenizer.bos_id, *ids), sampling)))
+
+    def stats(self) -> Stats:
+        """Counters and gauges as of now."""
+        scheduler, prefix, runner = self._scheduler, self._prefix, self._runner
+        disk = prefix.disk if prefix is not None else None
+        return Stats(
+            running=len(scheduler.running), waiting=len(scheduler.waiting), blocks=self._pool.blocks,
+            blocks_used=self._pool.blocks - self._pool.available, blocks_cached=self._pool.kept,
+            block_bytes=self._cache.block_bytes(), state_bytes=prefix.held_bytes if prefix is not None else 0,
+            prompt_tokens=self._prompt_tokens, hit_tokens=self._hit_tokens, generated_tokens=self._generated,
+            preemptions=scheduler.preemptions, drafted_tokens=runner.drafted, accepted_tokens=runner.accepted,
+            **({"disk_bytes": disk.nbytes, "disk_errors": disk.errors, "disk_dropped": disk.dropped} if disk is not None else {}))
+
+    def close(self) -> None:
+        """Forget all requests, and let the disk cache finish writing."""
+        for request_id in [*self._open]:
+            self.cancel(request_id)
+        if self._prefix is not None and self._prefix.disk is not None:
+            self._prefix.disk.close()
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one token")
+        if len(prompt) >= self.max_tokens:
+            limit = "max_position_embeddings" if self.max_tokens == self.config.max_position_embeddings else "cache_bytes"
+            raise InputError(f"the prompt has {len(prompt)} tokens; the model holds {self.max_tokens} ({limit}), the answer included")
+        wrong = [token for token in prompt if not 0 <= token < self.config.vocab_size]
+        if wrong:
+            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} ids")
+
+    def _queue(self, answer: Answer) -> None:
+        self._answers[answer.place] = answer
+        self._scheduler.add(answer.place)
+
+    def _find(self, place: Place) -> Start:
+        """Where this sequence can start, by the prefix cache."""
+        answer = self._answers[place]
+        if self._prefix is None:
+            return Start(0, 0, [])
+        self._hash(answer)
+        answer.found = self._prefix.find(answer.hashes, answer.tokens)
+        return answer.found.start
+
+    def _start(self, answer: Answer) -> None:
+        place = answer.place
+        if self._prefix is None:
+            self._cache.clear_state(place.slot)
+        else:
+            self._prefix.restore(answer.found, place.slot, place.blocks)
+            answer.marks, answer.kept_blocks = self._marks(answer), place.frozen // self._cache.block_tokens
+            answer.found = None
+        if not answer.started:
+            answer.started, answer.hit_tokens = True, place.computed
+            self._prompt_tokens += len(answer.request.prompt)
+            self._hit_tokens += place.computed
+
+    def _marks(self, answer: Answer) -> list[int]:
+        """Where the state is to be kept on the way through the known tokens."""
+        if self.settings.window == "zero":
+            return []
+        end = answer.request.input_end
+        marks = {*range(self._interval, answer.place.length, self._interval), answer.found.junction, len(answer.request.prompt) - 1 if end is None else end}
+        # A first block is read as fast as a state.
+        return sorted(mark for mark in marks if max(answer.place.computed, self._cache.block_tokens - 1) < mark < answer.place.length)
+
+    def _reads(self, answer: Answer) -> bool:
+        """Whether it still has a prompt to read; a last token alone is read together with answers that are being written."""
+        return answer.place.missing > 1 or bool(answer.choice == 0 and self._twins.get(answer.request_id))
+
+    def _read(self, answer: Answer) -> None:
+        place, chunk = answer.place, self.settings.prefill_chunk
+        if place.slot < 0:  # it gave way in this step
+            return
+        ends = [(place.computed // chunk + 1) * chunk, place.length, *(mark for mark in answer.marks if mark > place.computed)]
+        if not self._scheduler.grow(place, min(ends) + 2 * self.settings.drafts):
+            return
+        logits_V = self._runner.prefill(answer, min(ends))
+        self._settle(answer)
+        if logits_V is None:
+            return
+        for twin in self._twins.pop(answer.request_id, ()):
+            self._fork(answer, twin, logits_V)
+
+    def _fork(self, answer: Answer, twin: Answer, logits_V: torch.Tensor) -> None:
+        """A further choice goes on from a prompt that was read, or waits where there is no room."""
+        twin.started, twin.hit_tokens = True, answer.hit_tokens
+        place = self._scheduler.fork(answer.place)
+        if place is None:
+            self._queue(twin)
+            return
+        place.length = len(twin.tokens)
+        twin.place, twin.hashes, twin.kept_blocks = place, [*answer.hashes], answer.kept_blocks
+        self._answers[place] = twin
+        self._cache.write_state(place.slot, self._cache.read_state(answer.place.slot))
+        whole = place.computed // self._cache.block_tokens
+        if place.computed % self._cache.block_tokens:
+            self._cache.write_block(place.blocks[whole], self._cache.read_block(answer.place.blocks[whole]))
+        self._runner.choose([twin], logits_V[None])
+
+    def _write(self, answers: list[Answer]) -> None:
+        answers = [answer for answer in answers if answer.finish is None]
+        for answer in answers:
+            if answer.place.slot >= 0:
+                self._scheduler.grow(answer.place, answer.place.length + 2 * self.settings.drafts)
+        answers = [answer for answer in answers if answer.place.slot >= 0]
+        self._runner.decode(answers)
+        for answer in answers:
+            self._settle(answer)
+
+    def _settle(self, answer: Answer) -> None:
+        """Let the prefix cache have what an advance has completed."""
+        place, prefix, block_tokens = answer.place, self._prefix, self._cache.block_tokens
+        if prefix is None:
+            return
+        begin, end = answer.kept_blocks, place.computed // block_tokens
+        if begin < end:
+            self._hash(answer)
+            prefix.keep_blocks(answer.hashes, place.blocks, begin, end)
+            answer.kept_blocks = end
+        periodic = self.settings.window != "zero" and place.computed % self._interval == 0
+        if place.computed >= place.frozen and (periodic or place.computed in answer.marks):  # before, the window is incomplete
+            prefix.keep_state(answer.hashes, answer.tokens, place.computed, place.slot, place.blocks)
+
+    def _hash(self, answer: Answer) -> None:
+        answer.hashes = answer.hashes or [self._prefix.root(answer.request.tenant)]
+        self._prefix.extend(answer.hashes, answer.tokens)
+
+    def _park(self, place: Place) -> None:
+        """Keep the state of a sequence whose memory goes to others, or that is finished."""
+        answer = self._answers[place]
+        answer.drafts, answer.kept_blocks = [], 0
+        kept = self._prefix is not None and self.settings.window != "zero" and place.slot >= 0
+        if kept and place.computed >= max(place.frozen, self._cache.block_tokens):
+            self._hash(answer)
+            self._prefix.keep_state(answer.hashes, answer.tokens, place.computed, place.slot, place.blocks)
+
+    def _collect(self, answer: Answer) -> Output | None:
+        output = answer.collect()
+        if output is not None:
+            self._generated += len(output.tokens)
+        if answer.finish is not None:
+            self._park(answer.place)
+            self._scheduler.leave(answer.place)
+            del self._answers[answer.place]
+            self._open[answer.request_id] -= 1
+            if not self._open[answer.request_id]:
+                del self._open[answer.request_id]
+                self._twins.pop(answer.request_id, None)
+        return output
+
+    def _forget(self, block: int) -> None:
+        self._prefix.forget(block)
+
+    def _follow(self, request: Request) -> Iterator[Output]:
+        request_id = self.add(request)
+        mail = self._mail[request_id] = deque()
+        try:
+            while mail or request_id in self._open:
+                while mail:
+                    yield mail.popleft()
+                if request_id in self._open:
+                    self.step()
+        finally:
+            del self._mail[request_id]
+            self.cancel(request_id)
+
+    @staticmethod
+    def _tokens(outputs: Iterator[Output]) -> Iterator[int]:
+        for output in outputs:
+            yield from (written.token for written in output.tokens)
+
+
+def _paged_cache(model: Transformer, blocks: int, slots: int, quantized: bool, drafts: int) -> PagedCache:
+    weight = model.embed.weight
+    return PagedCache(model.config, blocks, slots, weight.dtype, weight.device, quantized, 1 if drafts else 0)
+
+
+def _sizes(model: Transformer, quantized: bool, settings: EngineSettings) -> tuple[int, int]:
+    """Slots and blocks that fit into cache_bytes: states of running requests take half of it at most."""
+    one = _paged_cache(model, 1, 1, quantized, settings.drafts)
+    state, block = one.state_bytes(), one.block_bytes()
+    slots = min(settings.running, settings.cache_bytes // (2 * state))
+    blocks = min((settings.cache_bytes - slots * state) // max(block, 1), MOST_BLOCKS) if slots else 0
+    if blocks < 1:
+        raise InputError(f"cache_bytes is {settings.cache_bytes}; this model needs at least {2 * state + block} bytes")
+    return slots, blocks

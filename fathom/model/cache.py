@@ -4,6 +4,10 @@ Per layer a ring of the last window keys and, where the layer compresses, a stre
 its compressor; the indexer keeps a stream of its own. Only the entries grow with the sequence.
 """
 
+import math
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,35 +36,46 @@ class Moves:
         return self._writes[size]
 
 
+def _zeros(*shape: int, record: PlainRecord, device: torch.device) -> Tensor:
+    """Empty records; on the CPU they take memory only as they are written, so that a large pool costs nothing while unused."""
+    shape = *shape, record.width
+    if device.type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=record.dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * record.dtype.itemsize, np.uint8)).view(record.dtype).view(shape)
+
+
 class Ring:
     """The last R items of each row: position p lies in slot p mod R of `items_BRC`, as a record."""
 
     def __init__(self, batch: int, size: int, record: PlainRecord, device: torch.device):
         self.record = record
-        self.items_BRC = torch.zeros(batch, size, record.width, dtype=record.dtype, device=device)
+        self.items_BRC = _zeros(batch, size, record=record, device=device)
 
     def extend(self, new_BSC: Tensor, moves: Moves) -> Tensor:
         """The old items followed by the new ones [B, R + S, C]; afterwards the ring holds the newest R."""
-        joined = torch.cat([self.items_BRC, self.record.pack(new_BSC)], 1)
-        R = self.items_BRC.shape[1]
+        old_BRC = self.items_BRC
+        joined = torch.cat([old_BRC, self.record.pack(new_BSC)], 1)
+        R = old_BRC.shape[1]
         slot_BW, index_BW = moves.writes(R)
-        slot_BW1 = slot_BW[..., None].expand(-1, -1, joined.shape[2])
-        newest = joined[:, joined.shape[1] - slot_BW.shape[1]:]
+        newest_BWC = joined[:, joined.shape[1] - slot_BW.shape[1]:]
         if index_BW is not None:
-            newest = joined.gather(1, (R + index_BW.clamp(min=0))[..., None].expand_as(slot_BW1))
-            newest = newest.where(index_BW[..., None] >= 0, self.items_BRC.gather(1, slot_BW1))
-        self.items_BRC.scatter_(1, slot_BW1, newest)
+            index_BWC = (R + index_BW.clamp(min=0))[..., None].expand(-1, -1, joined.shape[2])
+            kept_BWC = old_BRC.gather(1, slot_BW[..., None].expand_as(index_BWC))
+            newest_BWC = joined.gather(1, index_BWC).where(index_BW[..., None] >= 0, kept_BWC)
+        self.write(slot_BW, newest_BWC)
         return self.record.unpack(joined)
+
+    def write(self, slot_BW: Tensor, items_BWC: Tensor) -> None:
+        """Replace the items in these slots."""
+        self.items_BRC.scatter_(1, slot_BW[..., None].expand_as(items_BWC), items_BWC)
 
 
 class Stream:
     """What one compressor has produced, `records_BMC`, and the raw tokens its next blocks still need, `tail`."""
 
-    def __init__(self, batch: int, entries: int, ratio: int, record: PlainRecord, tail: PlainRecord, overlap: bool,
-                 device: torch.device):
-        self.record = record
-        self.records_BMC = torch.zeros(batch, entries, record.width, dtype=record.dtype, device=device)
-        self.tail = Ring(batch, 2 * ratio if overlap else ratio, tail, device)
+    def __init__(self, batch: int, entries: int, record: PlainRecord, tail: Ring):
+        self.record, self.tail = record, tail
+        self.records_BMC = _zeros(batch, entries, record=record, device=tail.items_BRC.device)
 
     def put(self, row_N: Tensor, slot_N: Tensor, entries_ND: Tensor) -> None:
         """Keep N new entries."""
@@ -71,29 +86,47 @@ class Stream:
         return self.record.unpack(self.records_BMC[:, :count])
 
 
-class LayerCache:
-    """One layer's window ring, entries and indexer keys."""
+class LayerFormat(NamedTuple):
+    """How one layer's state lies in memory: records of window keys, entries and index keys, and of the compressors' raw tokens."""
 
-    def __init__(self, config: ModelConfig, layer: int, batch: int, max_tokens: int, dtype: torch.dtype,
-                 device: torch.device, quantized: bool):
+    window: PlainRecord
+    window_size: int
+    ratio: int  # 0: no entries
+    overlap: bool  # CSA: with index keys
+    entry: PlainRecord
+    key: PlainRecord
+    entry_tail: PlainRecord
+    key_tail: PlainRecord
+
+    @classmethod
+    def of(cls, config: ModelConfig, layer: int, dtype: torch.dtype, quantized: bool) -> "LayerFormat":
+        """The format of a layer; layers from num_hidden_layers on are the MTP blocks."""
         entry, key = PlainRecord(config.head_dim, dtype), PlainRecord(config.index_head_dim, dtype)
         if quantized:
             entry = EntryRecord(config.head_dim, config.qk_rope_head_dim, dtype)
             key = KeyRecord(config.index_head_dim, dtype)
-        self.window = Ring(batch, config.sliding_window, entry, device)
-        self.entries: Stream | None = None
-        self.keys: Stream | None = None
-        ratio, overlap = config.ratio(layer), config.kind(layer) == "csa"
+        overlap = config.kind(layer) == "csa"
+        raw = 4 if overlap else 2  # value and score, in halves where blocks overlap
+        tails = (PlainRecord(raw * channels, torch.promote_types(dtype, torch.float32))
+                 for channels in (config.head_dim, config.index_head_dim))
+        return cls(entry, config.sliding_window, config.ratio(layer), overlap, entry, key, *tails)
 
-        def stream(channels: int, record: PlainRecord) -> Stream:
-            raw = 4 * channels if overlap else 2 * channels  # value and score, in halves where blocks overlap
-            tail = PlainRecord(raw, torch.promote_types(dtype, torch.float32))
-            return Stream(batch, max_tokens // ratio, ratio, record, tail, overlap, device)
+    @property
+    def tail_size(self) -> int:
+        """Raw tokens that a compressor keeps: of the unfinished block and, with overlap, of the one before."""
+        return 2 * self.ratio if self.overlap else self.ratio
 
-        if ratio:
-            self.entries = stream(config.head_dim, entry)
-        if overlap:
-            self.keys = stream(config.index_head_dim, key)
+
+class LayerCache:
+    """One layer's window ring, entries and indexer keys."""
+
+    def __init__(self, form: LayerFormat, batch: int, max_tokens: int, device: torch.device):
+        def stream(record: PlainRecord, tail: PlainRecord) -> Stream:
+            return Stream(batch, max_tokens // form.ratio, record, Ring(batch, form.tail_size, tail, device))
+
+        self.window = Ring(batch, form.window_size, form.window, device)
+        self.entries = stream(form.entry, form.entry_tail) if form.ratio else None
+        self.keys = stream(form.key, form.key_tail) if form.overlap else None
 
 
 class Cache:
@@ -112,7 +145,7 @@ class Cache:
                              f"{config.max_position_embeddings}")
         self.max_tokens = max_tokens
         self.length_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.layers = [LayerCache(config, layer, batch, max_tokens, dtype, device, quantized)
+        self.layers = [LayerCache(LayerFormat.of(config, layer, dtype, quantized), batch, max_tokens, device)
                        for layer in range(config.num_hidden_layers)]
 
     def advance(self, count_B: Tensor) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fathom.config import ModelConfig
 from fathom.model.attention import Phase
 from fathom.model.block import Block, Observation
+from fathom.model.cache import LayerCache
 from fathom.model.hyper_connections import StreamCollapse
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
@@ -37,9 +38,9 @@ class MTPBlock(Block):
         self.head = Linear(config.hidden_size, config.vocab_size, wide=True)
 
     def predict(self, X_BSNW: Tensor, next_embedding_BSW: Tensor, next_token_BS: Tensor, layout: Layout,
-                phase: Phase) -> tuple[Tensor, Tensor, Observation | None]:
+                phase: Phase, cache: LayerCache | None = None) -> tuple[Tensor, Tensor, Observation | None]:
         """The hidden state for the head [B, S, W], the block's own streams [B, S, N, W], and an Observation."""
         X_BSNW = (self.embed_proj(self.embed_norm(next_embedding_BSW))[:, :, None]
                   + self.hidden_proj(self.hidden_norm(X_BSNW)))
-        X_BSNW, observation = self(X_BSNW, next_token_BS, layout, None, phase)
+        X_BSNW, observation = self(X_BSNW, next_token_BS, layout, cache, phase)
         return self.norm(self.collapse(X_BSNW)), X_BSNW, observation

@@ -25,9 +25,10 @@ from fathom.quant.rounding import EXACT
 
 
 class Output(NamedTuple):
-    """Logits [B, S, V] in float32."""
+    """Logits [B, S, V] in float32, and the streams [B, S, N, W] of all new tokens, from which an MTP block goes on."""
 
     logits: Tensor
+    streams: Tensor
 
 
 class Features(NamedTuple):
@@ -72,10 +73,20 @@ class Transformer(nn.Module):
             X_BSNW, _ = self._trunk(input_ids, layout, cache, None)
             if cache is not None:
                 cache.advance(layout.count_B)
-            if last_only:
-                last_B = (layout.count_B - 1).clamp(min=0)
-                X_BSNW = X_BSNW[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
-            return Output(self.head(self.norm(self.collapse(X_BSNW))))
+            read_BSNW = _last(X_BSNW, layout.count_B) if last_only else X_BSNW
+            return Output(self.head(self.norm(self.collapse(read_BSNW))), X_BSNW)
+
+    @torch.inference_mode()
+    def draft(self, streams_BSNW: Tensor, next_BS: Tensor, cache: Cache, count_B: Tensor) -> Output:
+        """Logits [B, 1, V] of the token after the last of `next_BS`, from the first MTP block.
+
+        `streams_BSNW` are those of the tokens before `next_BS`: the trunk's or, to draft further, those of the last draft
+        (in `Output.streams`). `cache` holds the MTP block's layer, at the length before these tokens.
+        """
+        layout = self._layout(next_BS, None, cache, count_B)
+        embed, head = self.mtp_ends(0)
+        hidden_BSW, X_BSNW, _ = self.mtp[0].predict(streams_BSNW, embed(next_BS), next_BS, layout, None, cache.layers[0])
+        return Output(head(_last(hidden_BSW, count_B)), X_BSNW)
 
     def mtp_logits(self, input_ids: Tensor, position_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S - 1, V] of the first MTP block: position t sees token t + 1 and predicts token t + 2."""
@@ -189,6 +200,12 @@ class Transformer(nn.Module):
 
     def _table_shape(self) -> tuple[int, int, int]:
         return self.config.vocab_size, self.config.n_routed_experts, self.config.num_experts_per_tok
+
+
+def _last(x: Tensor, count_B: Tensor) -> Tensor:
+    """Of x [B, S, ...] each row's last new token [B, 1, ...]."""
+    last_B = (count_B - 1).clamp(min=0)
+    return x[torch.arange(len(last_B), device=last_B.device), last_B][:, None]
 
 
 def _start_as_residual(connection: HyperConnection, own: int, streams: int) -> None:

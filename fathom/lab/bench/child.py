@@ -8,7 +8,8 @@ from torch import Tensor
 from fathom.checkpoint.layouts import FLOAT32
 from fathom.checkpoint.names import places
 from fathom.data.packing import Batch
-from fathom.engine.engine import PREFILL_CHUNK, dtype_of
+from fathom.engine.engine import dtype_of
+from fathom.engine.settings import EngineSettings
 from fathom.lab.bench.measure import measure, serve
 from fathom.lab.bench.plan import Case
 from fathom.model.cache import Cache
@@ -28,7 +29,7 @@ class Fathom:
 
     def __init__(self, case: Case):
         self.model = cast(Transformer(case.config).initialise(case.seed), dtype_of(case.dtype)).eval()
-        self.chunk, self.mtp = case.chunk or PREFILL_CHUNK, case.mtp
+        self.chunk, self.mtp = case.chunk or EngineSettings.prefill_chunk, case.mtp
         self.optimizer: Optimizer | None = None
         self.facts: dict[str, Any] = {}
 

@@ -1,0 +1,80 @@
+"""What goes into the engine and what comes out of it: requests, their answers piece by piece, and the counters of an engine."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from fathom.engine.grammar import Constraint
+from fathom.engine.sampler import Sampling
+from fathom.errors import InputError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+MOST_CHOICES = 128
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids to continue, in `choices` independent ways.
+
+    `tenant` separates prefix caches: requests of different tenants never share anything. `input_end` counts the prompt's tokens up to
+    the end of the user's input (before the think tag), from where a next turn can go on. `constraint` bounds what may be
+    written.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    choices: int = 1
+    tenant: str = ""
+    input_end: int | None = None
+    constraint: Constraint | None = None
+
+    def __post_init__(self):
+        if not 1 <= self.choices <= MOST_CHOICES:
+            raise InputError(f"n is {self.choices}; allowed: 1 to {MOST_CHOICES}")
+        if self.input_end is not None and not 0 <= self.input_end <= len(self.prompt):
+            raise InputError(f"input_end is {self.input_end}; the prompt has {len(self.prompt)} tokens")
+
+
+class Written(NamedTuple):
+    """A generated token: its id, its log-probability and those of the most likely ones, before temperature; None where not asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Output(NamedTuple):
+    """What one step added to one choice of a request.
+
+    `text` is what became certain: whole characters, nothing that may still turn out to be the start of a stop string. The
+    last output of a choice says why it ended, and which stop string did it; that and the end token's text are not
+    part of the text. `hit_tokens` of the prompt came from the prefix cache.
+    """
+
+    request: int
+    choice: int
+    text: str
+    tokens: tuple[Written, ...]
+    finish: FinishReason | None
+    hit_tokens: int
+    stop: str | None = None
+
+
+class Stats(NamedTuple):
+    """Counters since the start, and gauges (running, waiting, used and cached blocks, cache bytes) of an engine."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0  # in the pool
+    blocks_used: int = 0  # held by running requests
+    blocks_cached: int = 0  # held by the prefix cache alone
+    block_bytes: int = 0
+    state_bytes: int = 0  # of checkpoints in memory
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    disk_bytes: int = 0
+    disk_errors: int = 0
+    disk_dropped: int = 0  # damaged files found and removed
