@@ -1,0 +1,66 @@
+"""A real server on a port of its own, in a thread, for the clients that users have."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from fathom.server.app import create_app
+from fathom.server.settings import ServerSettings
+from tests.server.scripted import ScriptedEngine
+
+KEY = "test-key-0123456789"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers at `url`."""
+
+    url: str
+    engine: ScriptedEngine
+    app: FastAPI
+
+
+@contextmanager
+def running(engine: ScriptedEngine, settings: ServerSettings = ServerSettings(), app: FastAPI | None = None) -> Iterator[Running]:
+    """Serve `engine` until the block ends."""
+    app = app or create_app(engine, settings)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.005)
+        try:
+            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, app)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    """A server whose engine says hello, open to everyone."""
+    with running(ScriptedEngine()) as started:
+        yield started
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Running]]:
+    """A function from an engine and settings to a server of the test's own."""
+    stack = []
+
+    def begin(engine: ScriptedEngine, settings: ServerSettings = ServerSettings()) -> Running:
+        context = running(engine, settings)
+        stack.append(context)
+        return context.__enter__()
+
+    yield begin
+    for context in reversed(stack):
+        context.__exit__(None, None, None)
