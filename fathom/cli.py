@@ -104,6 +104,39 @@ def chat(path: ModelArgument,
     converse(session, message)
 
 
+@app.command(epilog="Example:  fathom serve runs/tiny-chat --port 8000   or   fathom serve runs/tiny-chat --disk-cache kv --api-key-file keys")
+def serve(path: Annotated[Optional[Path], typer.Argument(
+              metavar="[PATH]", help="A model folder, or a run; default: the model of make demo.")] = None,
+          host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
+          port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+          name: Annotated[Optional[str], typer.Option(help="The model's name in the API; default: the folder's.")] = None,
+          api_key_file: Annotated[Optional[Path], typer.Option(
+              "--api-key-file", help="Keys that are let in, one a line; without: FATHOM_API_KEY, or everyone.")] = None,
+          dtype: DtypeOption = "float32", packed: PackedOption = False,
+          cache_gib: Annotated[float, typer.Option("--cache-gib", help="Memory for all requests' and prefixes' cache.")] = 1.0,
+          disk_cache: Annotated[Optional[Path], typer.Option("--disk-cache", help="Folder that keeps prefixes between runs.")] = None,
+          disk_gib: Annotated[float, typer.Option("--disk-gib", help="Size of that folder at most.")] = 8.0,
+          window: Annotated[str, typer.Option(help="Window states in the prefix cache: full, periodic or zero.")] = "periodic",
+          drafts: Annotated[int, typer.Option(help="Tokens that the MTP block proposes at a time; 0: none.")] = 0,
+          running: Annotated[int, typer.Option(help="Requests computed at the same time.")] = 64,
+          waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
+          drain: Annotated[float, typer.Option(help="Seconds for running requests when stopped.")] = 30.0) -> None:
+    """Serve a model: OpenAI's and Anthropic's API, a chat page at /, metrics. Ctrl-C finishes what runs, then stops."""
+    import importlib.util
+
+    if any(importlib.util.find_spec(package) is None for package in ("fastapi", "uvicorn", "httptools", "prometheus_client")):
+        raise FathomError("serving needs more packages; run: pip install 'fathom[serve]'")
+    from rich.console import Console
+
+    from fathom.engine.engine import dtype_of
+    from fathom.engine.settings import EngineSettings
+    from fathom.server.launch import launch
+
+    settings = EngineSettings(cache_bytes=int(cache_gib * 2**30), running=running, waiting=waiting, window=window, disk=disk_cache,
+                              disk_bytes=int(disk_gib * 2**30), drafts=drafts)
+    launch(path, dtype_of(dtype), packed, settings, host, port, name, api_key_file, drain, Console(stderr=True))
+
+
 @app.command("eval", epilog="Example:  fathom eval runs/tiny   or   fathom eval runs/tiny-chat --questions 80")
 def evaluate(path: ModelArgument,
              questions: Annotated[int, typer.Option(help="Ask so many held-out questions instead.")] = 0,

@@ -51,13 +51,14 @@ class Engine:
             raise InputError(f"drafts is {settings.drafts}, but this model has no MTP block; use drafts 0")
         slots, blocks = _sizes(model, quantized_cache, settings)
         self._cache = _paged_cache(model, blocks, slots, quantized_cache, settings.drafts)
-        block_tokens, spare = self._cache.block_tokens, 2 * settings.drafts
+        self.block_tokens, spare = self._cache.block_tokens, 2 * settings.drafts
         self._pool = BlockPool(blocks, self._forget)
-        self._interval = block_tokens if settings.window == "full" else settings.interval
+        self._interval = self.block_tokens if settings.window == "full" else settings.interval
         self._prefix = PrefixCache(self._cache, self._pool, config.sliding_window * config.num_hidden_layers,
                                    settings.state_bytes, disk) if settings.prefix_cache else None
-        self._scheduler = Scheduler(self._pool, slots, block_tokens, self._park)
-        room = min(config.max_position_embeddings, blocks * block_tokens)
+        self._scheduler = Scheduler(self._pool, slots, self.block_tokens, self._park)
+        self.slots = slots  # requests that can run at the same time
+        room = min(config.max_position_embeddings, blocks * self.block_tokens)
         self.max_tokens = room - spare
         self._runner = Runner(model, self._cache, room, min(tokenizer.vocab_size, config.vocab_size), settings.drafts)
         self._answers: dict[Place, Answer] = {}
@@ -197,7 +198,7 @@ class Engine:
             self._cache.clear_state(place.slot)
         else:
             self._prefix.restore(answer.found, place.slot, place.blocks)
-            answer.marks, answer.kept_blocks = self._marks(answer), place.frozen // self._cache.block_tokens
+            answer.marks, answer.kept_blocks = self._marks(answer), place.frozen // self.block_tokens
             answer.found = None
         if not answer.started:
             answer.started, answer.hit_tokens = True, place.computed
@@ -211,7 +212,7 @@ class Engine:
         end = answer.request.input_end
         marks = {*range(self._interval, answer.place.length, self._interval), answer.found.junction, len(answer.request.prompt) - 1 if end is None else end}
         # A first block is read as fast as a state.
-        return sorted(mark for mark in marks if max(answer.place.computed, self._cache.block_tokens - 1) < mark < answer.place.length)
+        return sorted(mark for mark in marks if max(answer.place.computed, self.block_tokens - 1) < mark < answer.place.length)
 
     def _reads(self, answer: Answer) -> bool:
         """Whether it still has a prompt to read; a last token alone is read together with answers that are being written."""
@@ -242,8 +243,8 @@ class Engine:
         twin.place, twin.hashes, twin.kept_blocks = place, [*answer.hashes], answer.kept_blocks
         self._answers[place] = twin
         self._cache.write_state(place.slot, self._cache.read_state(answer.place.slot))
-        whole = place.computed // self._cache.block_tokens
-        if place.computed % self._cache.block_tokens:
+        whole = place.computed // self.block_tokens
+        if place.computed % self.block_tokens:
             self._cache.write_block(place.blocks[whole], self._cache.read_block(answer.place.blocks[whole]))
         self._runner.choose([twin], logits_V[None])
 
@@ -259,10 +260,10 @@ class Engine:
 
     def _settle(self, answer: Answer) -> None:
         """Let the prefix cache have what an advance has completed."""
-        place, prefix, block_tokens = answer.place, self._prefix, self._cache.block_tokens
+        place, prefix = answer.place, self._prefix
         if prefix is None:
             return
-        begin, end = answer.kept_blocks, place.computed // block_tokens
+        begin, end = answer.kept_blocks, place.computed // self.block_tokens
         if begin < end:
             self._hash(answer)
             prefix.keep_blocks(answer.hashes, place.blocks, begin, end)
@@ -280,7 +281,7 @@ class Engine:
         answer = self._answers[place]
         answer.drafts, answer.kept_blocks = [], 0
         kept = self._prefix is not None and self.settings.window != "zero" and place.slot >= 0
-        if kept and place.computed >= max(place.frozen, self._cache.block_tokens):
+        if kept and place.computed >= max(place.frozen, self.block_tokens):
             self._hash(answer)
             self._prefix.keep_state(answer.hashes, answer.tokens, place.computed, place.slot, place.blocks)
 

@@ -1,6 +1,7 @@
 """The application: routes of all dialects, the page, the guards before them; and the process that serves it."""
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,7 +29,7 @@ from fathom.server.service import Generates, Service
 from fathom.server.settings import ServerSettings
 from fathom.server.tasks import Context
 
-__all__ = ["ServerSettings", "create_app", "serve"]
+__all__ = ["ServerSettings", "create_app", "listen", "serve"]
 
 VERSION = "0.1.0"
 
@@ -74,19 +75,23 @@ def create_app(service: Service | Generates, settings: ServerSettings = ServerSe
     return app
 
 
-def serve(engine: Generates, settings: ServerSettings, host: str, port: int, console: Console) -> None:
-    """Serve until a signal stops it: the first lets running requests finish, a second does not. InputError for an unusable address."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections from now on; InputError for an unusable address."""
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
     except (OSError, OverflowError) as error:
-        engine.close()
-        raise InputError(f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}; choose another --port") from error
+        words = os.strerror(error.errno) if getattr(error, "errno", 0) and error.errno > 0 else str(error)
+        raise InputError(f"cannot listen on {host}:{port}: {words}; choose another --port or --host") from error
+
+
+def serve(engine: Generates, settings: ServerSettings, listener: socket.socket, console: Console) -> None:
+    """Serve until a signal stops it: the first lets running requests finish, a second does not."""
     app = create_app(engine, settings)
     server = _Server(uvicorn.Config(app, http="httptools", ws="none", log_config=None, access_log=False, server_header=False,
-                                    timeout_keep_alive=65, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=1 << 16))
-    shown = f"[{host}]" if ":" in host else host
-    console.print(f"serving {settings.model_name} at http://{shown}:{listener.getsockname()[1]}  (Ctrl-C stops)", soft_wrap=True,
-                  highlight=False, markup=False)
+                                    timeout_keep_alive=65, timeout_graceful_shutdown=2))
+    host, port = listener.getsockname()[:2]
+    console.print(f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C stops)",
+                  soft_wrap=True, highlight=False, markup=False)
     server.run(sockets=[listener])
 
 

@@ -1,0 +1,261 @@
+"""What serving costs: many streams at once against one and against the engine without HTTP, repeated prompts, a long agent's trace.
+
+    python benchmarks/serving.py streams runs/tiny-chat     about 6 minutes: 64 streams for 2 minutes, one stream, the bare engine
+    python benchmarks/serving.py prefix runs/tiny-chat      time to first token of 13K- and 32K-token prompts, cold and again
+    python benchmarks/serving.py trace runs/tiny-chat       50 turns with tools: the share of prompt tokens that hit
+
+Each prints a Markdown table and keeps its figures in benchmarks/results/serving.json. The server runs in a process of its own.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httptools
+import torch
+
+from fathom.engine.engine import Engine
+from fathom.engine.request import Request
+from fathom.engine.sampler import Sampling
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
+WORDS = ("the morning was fine and Emma walked to the village with her sister while the rain held off until the evening came and "
+         "every window of the house was lit").split()
+STREAMS, SECONDS, ANSWER = 64, 120, 200
+
+
+def prompt(seed: int, words: int = 60) -> str:
+    """Words in an order of the seed's own."""
+    generator = random.Random(seed)
+    return " ".join(generator.choice(WORDS) for _ in range(words))
+
+
+@contextmanager
+def server(model: str, *options: str) -> Iterator[int]:
+    """A server process; its port."""
+    command = [sys.executable, "-m", "fathom.cli", "serve", model, "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    port = None
+    for line in process.stderr:
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+            port = int(found[1])
+            break
+    if port is None:
+        raise SystemExit("the server did not start")
+    log = open("/dev/null", "w")
+    drain = multiprocessing.get_context("fork").Process(target=lambda: [log.write(line) for line in process.stderr], daemon=True)
+    drain.start()
+    try:
+        yield port
+    finally:
+        process.terminate()
+        process.wait(60)
+        drain.terminate()
+
+
+class _Lines:
+    """The body of a response, as httptools hands it over."""
+
+    def __init__(self):
+        self.status, self.body, self.done = None, [], False
+
+    def on_body(self, data: bytes) -> None:
+        self.body.append(data)
+
+    def on_message_complete(self) -> None:
+        self.done = True
+
+
+async def ask(port: int, body: dict, path: str = "/v1/chat/completions") -> tuple[int, float, int, dict]:
+    """One request: status, seconds to the first event with text, events with text, and the last event's usage (or the whole body)."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps(body).encode()
+    writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    began, first, events, rest, last = time.monotonic(), 0.0, 0, b"", b""
+    lines = _Lines()
+    parser = httptools.HttpResponseParser(lines)
+    while not lines.done:
+        piece = await reader.read(1 << 16)
+        if not piece:
+            break
+        parser.feed_data(piece)
+        text = rest + b"".join(lines.body)
+        lines.body.clear()
+        *whole, rest = text.split(b"\n\n") if body.get("stream") else (text,)
+        for event in whole:
+            if event.startswith(b"data: {"):
+                last = event
+                events += b'_text"' in event or b'content":"' in event and b'content":""' not in event or b'content": "' in event
+                if not first and events:
+                    first = time.monotonic() - began
+    writer.close()
+    status = parser.get_status_code()
+    if not body.get("stream") or status != 200:
+        return status, time.monotonic() - began, events, json.loads(rest or b"{}")
+    return status, first, events, json.loads(last[6:] or b"{}")
+
+
+def chat_body(seed: int, **changes: object) -> dict:
+    return {"model": "m", "messages": [{"role": "user", "content": prompt(seed)}], "thinking": {"type": "disabled"}, "stream": True,
+            "max_tokens": ANSWER, "temperature": 1, "seed": seed, "ignore_eos": True, **changes}
+
+
+async def many_streams(port: int, streams: int, seconds: float) -> dict:
+    """Each stream asks again as soon as it has its answer."""
+    end = time.monotonic() + seconds
+    tokens, failures, firsts = [0] * streams, 0, []
+
+    async def stream(index: int) -> None:
+        nonlocal failures
+        turn = 0
+        while time.monotonic() < end:
+            status, first, _, last = await ask(port, chat_body(index * 10_000 + turn))
+            turn += 1
+            usage = last.get("usage") or {}
+            if status != 200 or usage.get("completion_tokens") != ANSWER:
+                failures += 1
+            tokens[index] += usage.get("completion_tokens", 0)
+            firsts.append(first)
+
+    began = time.monotonic()
+    await asyncio.gather(*(stream(index) for index in range(streams)))
+    took = time.monotonic() - began
+    return {"streams": streams, "seconds": took, "tokens_per_second": sum(tokens) / took, "failures": failures, "requests": len(firsts),
+            "slowest_to_fastest_stream": min(tokens) / max(tokens), "first_token_median": statistics.median(firsts),
+            "first_token_p99": sorted(firsts)[int(len(firsts) * 0.99) - 1 if len(firsts) > 1 else 0]}
+
+
+def bare_engine(model: str, streams: int, seconds: float, results: multiprocessing.Queue) -> None:
+    """The same load without HTTP, in a process of its own."""
+    engine = Engine.load(model)
+    from_text = engine.tokenizer.encode
+    turns, running, tokens = [0] * streams, {}, 0
+
+    def begin(index: int) -> None:
+        body = chat_body(index * 10_000 + turns[index])
+        ids = from_text(f"<｜begin▁of▁sentence｜><｜User｜>{body['messages'][0]['content']}<｜Assistant｜></think>", special=True)
+        sampling = Sampling(temperature=1, seed=body["seed"], max_tokens=ANSWER, ignore_eos=True)
+        turns[index] += 1
+        running[engine.add(Request(tuple(ids), sampling, input_end=len(ids) - 1))] = index
+
+    began = time.monotonic()
+    for index in range(streams):
+        begin(index)
+    while engine.has_work:
+        for output in engine.step():
+            tokens += len(output.tokens)
+            if output.finish and time.monotonic() - began < seconds:
+                begin(running.pop(output.request))
+    took = time.monotonic() - began
+    engine.close()
+    results.put(tokens / took)
+
+
+def bare(model: str, streams: int, seconds: float) -> float:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=bare_engine, args=(model, streams, seconds, results))
+    process.start()
+    rate = results.get()
+    process.join()
+    return rate
+
+
+def measure_streams(model: str, seconds: float = SECONDS) -> dict:
+    before = bare(model, STREAMS, seconds / 2)
+    with server(model, "--name", "m") as port:
+        asyncio.run(many_streams(port, 2, 3))
+        one = asyncio.run(many_streams(port, 1, 20))
+        many = asyncio.run(many_streams(port, STREAMS, seconds))
+    after = bare(model, STREAMS, seconds / 2)
+    engine = (before + after) / 2
+    figures = {"one": one, "many": many, "bare_tokens_per_second": [before, after],
+               "against_one_stream": many["tokens_per_second"] / one["tokens_per_second"], "overhead": 1 - many["tokens_per_second"] / engine}
+    print(f"""
+| | tokens/s | |
+| --- | --- | --- |
+| one stream | {one['tokens_per_second']:.0f} | first token after {one['first_token_median'] * 1000:.0f} ms (median) |
+| {STREAMS} streams, {many['seconds']:.0f} s | {many['tokens_per_second']:.0f} | {figures['against_one_stream']:.1f} times one; {many['requests']} answers, \
+{many['failures']} failures; slowest stream {many['slowest_to_fastest_stream']:.0%} of the fastest; first token {many['first_token_median'] * 1000:.0f} ms \
+(median), {many['first_token_p99'] * 1000:.0f} ms (99%) |
+| the engine alone, the same load | {before:.0f}, {after:.0f} | HTTP costs {figures['overhead']:.1%} |""")
+    return figures
+
+
+def measure_prefix(model: str) -> dict:
+    """Prompts of 13K and 32K tokens, cold, the very same again, and with another question at the end."""
+    engine_tokens = Engine.load(model).tokenizer
+    figures = {}
+    with server(model, "--name", "m", "--cache-gib", "2") as port:
+        asyncio.run(ask(port, chat_body(1, max_tokens=4)))
+        for name, tokens in (("13K", 13_000), ("32K", 32_000)):
+            text = prompt(tokens, tokens)
+            ids = engine_tokens.encode(text)[:tokens]
+            text = engine_tokens.decode(ids)
+
+            def first(question: str) -> tuple[float, dict]:
+                message = {"role": "user", "content": text + question}
+                status, seconds, _, last = asyncio.run(ask(port, chat_body(1, messages=[message], max_tokens=4)))
+                assert status == 200, last
+                return seconds, last["usage"]
+
+            cold, usage = first(" Why?")
+            again = statistics.median(first(" Why?")[0] for _ in range(5))
+            first(" What comes next?")  # where the two part becomes a place to start from
+            other, other_usage = first(" Who is it?")
+            figures[name] = {"tokens": usage["prompt_tokens"], "cold": cold, "again": again, "other_question": other,
+                             "other_hit_tokens": other_usage["prompt_cache_hit_tokens"], "again_share": again / cold,
+                             "other_share": other / cold}
+    print("\n| prompt | cold | the same again | another question at the end |\n| --- | --- | --- | --- |")
+    for each in figures.values():
+        print(f"| {each['tokens']:,} tokens | {each['cold']:.2f} s | {each['again'] * 1000:.0f} ms (1/{1 / each['again_share']:.0f}) | "
+              f"{each['other_question'] * 1000:.0f} ms ({each['other_share']:.1%}; {each['other_hit_tokens']:,} tokens hit) |")
+    return figures
+
+
+def measure_trace(model: str, turns: int = 50) -> dict:
+    """An agent that calls a tool each turn; its history goes back whole, reasoning included."""
+    tools = [{"type": "function", "function": {"name": "read_file", "description": "Read a file.", "parameters": {
+        "type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}}}]
+    messages, hit, total = [{"role": "system", "content": prompt(0, 400)}, {"role": "user", "content": prompt(1)}], 0, 0
+    with server(model, "--name", "m") as port:
+        for turn in range(turns):
+            body = chat_body(turn, messages=messages, tools=tools, stream=False, max_tokens=24, thinking={"type": "enabled"})
+            status, _, _, answer = asyncio.run(ask(port, body))
+            assert status == 200, answer
+            usage = answer["usage"]
+            hit, total = hit + usage["prompt_cache_hit_tokens"], total + usage["prompt_tokens"]
+            call = {"id": f"call_{turn}", "type": "function", "function": {"name": "read_file", "arguments": json.dumps({"path": f"f{turn}"})}}
+            messages += [{"role": "assistant", "content": answer["choices"][0]["message"]["content"] or "",
+                          "reasoning_content": answer["choices"][0]["message"].get("reasoning_content") or "", "tool_calls": [call]},
+                         {"role": "tool", "tool_call_id": f"call_{turn}", "content": prompt(100 + turn, 12)}]
+    figures = {"turns": turns, "prompt_tokens": total, "hit_tokens": hit, "share": hit / total}
+    print(f"\n{turns} turns with tools: {hit:,} of {total:,} prompt tokens hit, {hit / total:.1%}")
+    return figures
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    commands = {"streams": measure_streams, "prefix": measure_prefix, "trace": measure_trace}
+    if len(sys.argv) != 3 or sys.argv[1] not in commands:
+        raise SystemExit(__doc__)
+    figures = commands[sys.argv[1]](sys.argv[2])
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[sys.argv[1]] = figures
+    results["machine"] = {"cores": len(__import__("os").sched_getaffinity(0)), "torch": torch.__version__, "python": platform.python_version()}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
