@@ -19,9 +19,9 @@ FLOORS = {
     "errors": 0, "config": 1, "recipe": 1, "files": 1, "accounting": 2, "text": 2, "quant": 2, "ops": 3, "model": 4,
     "checkpoint": 5, "optim": 5, "data": 5, "engine": 6, "evals": 7, "train": 8, "align": 9, "server": 10, "lab": 10,
     "cli": 11}
-LAZY = ("fathom", "fathom.cli")  # may import inside functions, so that `import fathom` and `fathom --help` are instant
+LAZY = ("fathom", "cli")  # the package itself and a room: may import inside functions, so that `import fathom` and `fathom --help` are instant
 FILE_LINES, FUNCTION_LINES = 400, 60
-BUDGETS = {"fathom": 20_000, "fathom.model": 1_500, "fathom.engine": 2_700}
+BUDGETS = {"fathom": 26_000, "fathom.model": 1_500, "fathom.engine": 2_700}
 OUTSIDE_BUDGET = {"fathom.model": "fathom.model.baselines"}
 SHAPE = re.compile(r"\[(\.\.\.|[A-Z])[^\]]*\]|_[A-Z]+\d?\b")  # [B, S, W] or a suffix as in q_BSHD
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
@@ -83,6 +83,10 @@ def inside_package(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+def lazy(name: str) -> bool:
+    return name in LAZY or room(name) in LAZY
+
+
 def import_problems(modules: dict[str, Module]) -> list[str]:
     problems = []
     for module in modules.values():
@@ -92,13 +96,13 @@ def import_problems(modules: dict[str, Module]) -> list[str]:
             where = f"{module.name}:{found.line}"
             if found.relative:
                 problems.append(f"{where}: relative import")
-            elif found.inside and module.name not in LAZY:
+            elif found.inside and not lazy(module.name):
                 problems.append(f"{where}: import of {found.target} inside a function or class")
             elif inside_package(found.target, "fathom"):
                 problems += [f"{where}: {text}" for text in internal_problems(module.name, found.target, modules)]
         for node in ast.walk(module.tree):
             name = getattr(node, "id", getattr(node, "attr", None))
-            if name in ("import_module", "__import__") and module.name not in LAZY:
+            if name in ("import_module", "__import__") and not lazy(module.name):
                 problems.append(f"{module.name}:{node.lineno}: dynamic import")
             if name == "TYPE_CHECKING":
                 problems.append(f"{module.name}:{node.lineno}: type-only import")
@@ -207,15 +211,15 @@ def repository_texts() -> dict[str, str]:
     return texts
 
 
-def commands(tree: ast.Module) -> set[str]:
+def commands(trees: Iterable[ast.Module]) -> set[str]:
     """The command line's verbs, "data prepare" for a verb in a group, from `@app.command(...)` and `add_typer`."""
-    groups = {}
-    for node in ast.walk(tree):
+    groups, nodes = {}, [node for tree in trees for node in ast.walk(tree)]
+    for node in nodes:
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_typer":
             name = next(keyword.value.value for keyword in node.keywords if keyword.arg == "name")
             groups[node.args[0].id] = name + " "
     found = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         for call in getattr(node, "decorator_list", []):
             if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "command":
                 given = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "name")]
@@ -257,10 +261,9 @@ def test_no_file_names_a_machines_paths():
 def test_commands_in_the_docs_exist():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     texts = {page.name: page.read_text(encoding="utf-8") for page in pages if page.exists()}
-    if "fathom.cli" in HOUSE:
-        known = commands(HOUSE["fathom.cli"].tree)
-        problems = command_problems(texts, known)
-        assert known and not problems, "\n".join(problems)
+    known = commands(module.tree for module in HOUSE.values() if room(module.name) == "cli")
+    problems = command_problems(texts, known)
+    assert known and not problems, "\n".join(problems)
 
 
 # ---- the rules bite
@@ -327,8 +330,8 @@ def test_sizes_are_counted():
     assert size_problems(parse(model)) == ["fathom.model: 1600 lines, allowed 1500"]
     baselines = {path.replace("model/", "model/baselines/"): text for path, text in model.items()}
     assert size_problems(parse(baselines)) == []
-    many = {f"fathom/lab/x{i}.py": "x = 1\n" * 400 for i in range(51)}
-    assert size_problems(parse(many)) == ["fathom: 20400 lines, allowed 20000"]
+    many = {f"fathom/lab/x{i}.py": "x = 1\n" * 400 for i in range(66)}
+    assert size_problems(parse(many)) == ["fathom: 26400 lines, allowed 26000"]
 
 
 @pytest.mark.parametrize("path, source, expected", [
@@ -377,7 +380,7 @@ def helper(): ...
 
 
 def test_verbs_are_read_from_the_command_line():
-    assert commands(ast.parse(CLI)) == {"train", "chat", "data prepare"}
+    assert commands([ast.parse(CLI)]) == {"train", "chat", "data prepare"}
 
 
 @pytest.mark.parametrize("text, verb", [
@@ -389,7 +392,7 @@ def test_verbs_are_read_from_the_command_line():
     ("- item\n  ```\n  fathom nope\n  ```", "nope"),
 ])
 def test_a_command_that_does_not_exist_is_found(text, verb):
-    assert command_problems({"a.md": text}, commands(ast.parse(CLI))) == [f"a.md: fathom {verb}"]
+    assert command_problems({"a.md": text}, commands([ast.parse(CLI)])) == [f"a.md: fathom {verb}"]
 
 
 @pytest.mark.parametrize("text", [
@@ -397,4 +400,4 @@ def test_a_command_that_does_not_exist_is_found(text, verb):
     "```python\nfrom fathom import load_model\nimport fathom\n```", "```\npip install fathom && fathom --help\n```",
 ])
 def test_commands_that_exist_and_prose_are_left_alone(text):
-    assert command_problems({"a.md": text}, commands(ast.parse(CLI))) == []
+    assert command_problems({"a.md": text}, commands([ast.parse(CLI)])) == []

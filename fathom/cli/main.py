@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints. Imports lazily, so that `fathom --help` is instant."""
+"""The command line: the verbs that are no group, and the way in."""
 
 import os
 import sys
@@ -7,39 +7,24 @@ from typing import Annotated, Optional
 
 import typer
 
+from fathom.cli.bench import bench
+from fathom.cli.options import (
+    DtypeOption,
+    ModelArgument,
+    PackedOption,
+    RecipeArgument,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    TemperatureOption,
+    TopPOption,
+)
 from fathom.errors import FathomError
 
 app = typer.Typer(name="fathom", help="The open, complete DeepSeek-V4 system: train it, talk to it, check it.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None)
-
-bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
-
-SetOption = Annotated[Optional[list[str]], typer.Option(
-    "--set", metavar="KEY=VALUE", help="Change a recipe field, such as schedule.steps=100. Repeatable.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")]
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")]
-ModelArgument = Annotated[Path, typer.Argument(
-    metavar="PATH", help="A model folder, or a run (its newest checkpoint).")]
-SeedOption = Annotated[Optional[int], typer.Option(help="Same seed, same text.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
-PackedOption = Annotated[bool, typer.Option(
-    "--packed", help="Compute as released: FP8 and FP4 weights stay packed, the cache is in FP8 and FP4.")]
-TopPOption = Annotated[float, typer.Option("--top-p", help="Keep the most likely tokens up to this share.")]
-LengthsOption = Annotated[str, typer.Option("--lengths", metavar="N,N,...", help="Tokens of the prompt or the context.")]
-ChunkOption = Annotated[Optional[int], typer.Option("--chunk", help="Tokens read at a time; default: as the engine does.")]
-BatchOption = Annotated[int, typer.Option("--batch", help="Also so many rows, after the shortest context; 1: not.")]
-MtpOption = Annotated[float, typer.Option("--mtp", help="Weight of the MTP loss, such as 0.3; 0: without MTP blocks.")]
-BenchModelOption = Annotated[str, typer.Option("--model", help="bench-s, a preset, or a config.json; weights are random.")]
-ThreadsOption = Annotated[Optional[int], typer.Option("--threads", help="Default: as many as torch takes.")]
-RepeatsOption = Annotated[int, typer.Option("--repeats", help="Timed runs of each case; the median counts.")]
-AgainstOption = Annotated[Optional[str], typer.Option(
-    "--against", metavar="transformers", help="Measure each case with this program too, at its best setting.")]
-PeerDtypeOption = Annotated[Optional[str], typer.Option("--peer-dtype", help="The other program's dtype; default: the same.")]
-OutOption = Annotated[Optional[Path], typer.Option("--out", help="Keep the figures in this .json, a plot beside it.")]
-BenchSeedOption = Annotated[int, typer.Option("--seed", help="Of weights and tokens.")]
 
 
 @app.command(epilog="Example:  fathom train recipes/tiny.toml --set minutes=1 --set run=runs/first")
@@ -193,82 +178,6 @@ def inspect(model: Annotated[str, typer.Argument(metavar="PATH|PRESET", help="A 
     inspect_model(model, Console(), layout, reference, listing)
 
 
-@bench.command("prefill", epilog="Example:  fathom bench prefill --against transformers --out prefill.json")
-def bench_prefill(lengths: LengthsOption = "2048,8192,32768", chunk: ChunkOption = None, model: BenchModelOption = "bench-s",
-                  dtype: DtypeOption = "float32", threads: ThreadsOption = None, repeats: RepeatsOption = 3,
-                  against: AgainstOption = None, peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0,
-                  out: OutOption = None) -> None:
-    """Reading prompts: tokens/s, memory, share of the machine's matrix products. A fresh process for each case."""
-    from fathom.lab.bench.plan import Plan
-
-    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed)
-    _bench(plan, plan.prefill(lengths, chunk), out)
-
-
-@bench.command("decode", epilog="Example:  fathom bench decode --lengths 512,8192 --batch 8 --dtype bfloat16")
-def bench_decode(lengths: LengthsOption = "512,8192,65536", batch: BatchOption = 8, model: BenchModelOption = "bench-s",
-                 dtype: DtypeOption = "float32", threads: ThreadsOption = None, repeats: RepeatsOption = 3,
-                 against: AgainstOption = None, peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0,
-                 out: OutOption = None) -> None:
-    """Writing after contexts: ms a token, tokens/s of a batch, share of the machine's memory bandwidth."""
-    from fathom.lab.bench.plan import Plan
-
-    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed)
-    _bench(plan, plan.decode(lengths, batch), out)
-
-
-@bench.command("train", epilog="Example:  fathom bench train --tokens 2048,16384 --mtp 0.3")
-def bench_train(tokens: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens of the one row.")] = "2048",
-                mtp: MtpOption = 0.0, model: BenchModelOption = "bench-s", dtype: DtypeOption = "float32",
-                threads: ThreadsOption = None, repeats: RepeatsOption = 3, against: AgainstOption = None,
-                peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0, out: OutOption = None) -> None:
-    """Whole training steps: losses, gradients, clipping, Muon and AdamW."""
-    from fathom.lab.bench.plan import Plan
-
-    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed)
-    _bench(plan, plan.train(tokens, mtp), out)
-
-
-@bench.command("all", epilog="Example:  fathom bench all --against transformers --out bench.json")
-def bench_all(model: BenchModelOption = "bench-s", dtype: DtypeOption = "float32", threads: ThreadsOption = None,
-              repeats: RepeatsOption = 3, against: AgainstOption = None, peer_dtype: PeerDtypeOption = None,
-              seed: BenchSeedOption = 0, out: OutOption = None) -> None:
-    """Prefill, decode and train, each with its defaults. (A million tokens is a bench of its own.)"""
-    from fathom.lab.bench.plan import Plan
-
-    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed)
-    _bench(plan, plan.prefill("2048,8192,32768") + plan.decode("512,8192,65536", 8) + plan.train("2048"), out)
-
-
-def _bench(plan: object, cases: list, out: Path | None) -> None:
-    """Measure, print, and end with the exit code."""
-    from rich.console import Console
-
-    from fathom.lab.bench.run import bench as run
-
-    raise typer.Exit(run(plan, cases, out, Console()))
-
-
-@bench.command("million", epilog="Example:  fathom bench million --out million.json   or   fathom bench million --tokens 65536")
-def bench_million(tokens: Annotated[int, typer.Option(help="How many tokens to read.")] = 1 << 20,
-                  chunk: Annotated[int, typer.Option(help="Tokens read at a time.")] = 2048,
-                  text: Annotated[Optional[str], typer.Option(help="A file, folder or package:NAME; default: six novels.")] = None,
-                  model: Annotated[Optional[Path], typer.Option(help="A model folder or run; default: a small random one.")] = None,
-                  dtype: DtypeOption = "float32",
-                  fact_tokens: Annotated[int, typer.Option("--fact-tokens", help="Context to plant facts in; 0: none.")] = 65536,
-                  full_facts: Annotated[bool, typer.Option("--full-facts", help="Plant one in the whole text, too.")] = False,
-                  seed: Annotated[int, typer.Option(help="Of random weights and of the order of repeated text.")] = 0,
-                  out: OutOption = None) -> None:
-    """Read a million tokens: time, memory, cache and decoding on the way; facts that reach the end. Ctrl-C shows what there is."""
-    from rich.console import Console
-
-    from fathom.lab.million import Settings, run_million
-
-    settings = Settings(tokens, chunk, text, model, dtype, seed, fact_tokens, full_facts)
-    if not run_million(settings, out, Console())["complete"]:
-        raise typer.Exit(130)
-
-
 def main() -> None:
     """Run the command line; what a user caused is one line and exit code 2."""
     # Threads that wait for each other should soon sleep: beside another busy program, the default spinning made
@@ -280,7 +189,3 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.write(f"fathom: {error}\n")
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
