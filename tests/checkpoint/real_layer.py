@@ -4,11 +4,10 @@
 """
 
 import json
-import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,8 +62,8 @@ def write(folder: Path) -> int:
 def run(folder: Path) -> dict[str, float]:
     """Load it packed, prefill, decode with the released cache; seconds, and the process's peak memory in bytes."""
     torch.manual_seed(0)
-    before, began = _anonymous_bytes(), time.monotonic()
-    with _watched(_anonymous_bytes) as seen:
+    before, began = _status("RssAnon"), time.monotonic()
+    with _watched() as seen:
         model = fathom.load_model(folder, torch.bfloat16, packed=True, simulate_quantization=True)
     loaded = time.monotonic()
     cache = model.new_cache(1, PROMPT + STEPS, quantized=True)
@@ -76,23 +75,23 @@ def run(folder: Path) -> dict[str, float]:
     return {"load_seconds": loaded - began, "prefill_seconds": prefilled - loaded,
             "decode_seconds_a_token": (time.monotonic() - prefilled) / STEPS, "finite": bool(logits.isfinite().all()),
             "logit_std": float(logits.std()), "held_bytes": held,
-            "load_peak_bytes": max(seen) - before, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+            "load_peak_bytes": max(seen) - before, "peak_bytes": _status("VmHWM")}  # unlike getrusage, not what the parent held
 
 
-def _anonymous_bytes() -> int:
-    """What the process holds of its own, without the pages of mapped files, as Linux counts them."""
+def _status(field: str) -> int:
+    """Bytes as Linux counts them: RssAnon is what the process holds of its own, without the pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 @contextmanager
-def _watched(measure: Callable[[], int]) -> Iterator[list[int]]:
-    """Collects a measure every two milliseconds while the block runs."""
-    seen, over = [measure()], threading.Event()
+def _watched() -> Iterator[list[int]]:
+    """Collects what the process holds of its own, every two milliseconds while the block runs."""
+    seen, over = [_status("RssAnon")], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.002):
-            seen.append(measure())
+            seen.append(_status("RssAnon"))
 
     thread = threading.Thread(target=watch)
     thread.start()
