@@ -137,16 +137,19 @@ def test_a_request_gets_the_same_answer_alone_and_among_others(model, engine, al
     assert answers(shared, [*reversed(requests)]) == [*reversed(expected)]  # now partly from the prefix cache
 
 
+@pytest.fixture(scope="module")
+def growing(model, engine):
+    """6 requests whose answers need more and more memory, and those answers, each computed with nothing else running."""
+    requests = [replace(request, sampling=replace(request.sampling, max_tokens=220)) for request in mixed_requests(6, 7, longest=120)]
+    return requests, [answers(made(model, engine.tokenizer, prefix_cache=False), [request])[0] for request in requests]
+
+
 @pytest.mark.parametrize("settings", [dict(prefix_cache=False), dict(), dict(drafts=2), dict(window="zero")], ids=str)
-def test_answers_stay_the_same_where_memory_is_so_short_that_requests_give_way(model, engine, alone, settings, monkeypatch):
-    requests, expected = ([*each] for each in zip(*list(zip(*alone, strict=True))[:14], strict=True))
-    monkeypatch.setattr("fathom.engine.engine._sizes", lambda *_: (6, 9))  # slots and blocks
+def test_answers_stay_the_same_where_memory_is_so_short_that_requests_give_way(model, engine, alone, growing, settings, monkeypatch):
+    monkeypatch.setattr("fathom.engine.engine._sizes", lambda *_: (6, 6))  # slots and blocks
     tight = made(model, engine.tokenizer, **settings)
-    growing = [replace(request, sampling=replace(request.sampling, max_tokens=300)) for request in mixed_requests(8, 7, longest=120)]
-    found = answers(tight, growing)
-    assert tight.stats().preemptions > 0 and answers(tight, requests) == expected
-    monkeypatch.undo()
-    assert found == [answers(made(model, engine.tokenizer, prefix_cache=False), [request])[0] for request in growing]
+    assert answers(tight, growing[0]) == growing[1] and tight.stats().preemptions > 0
+    assert answers(tight, alone[0][:5]) == alone[1][:5]
 
 
 def test_choices_share_the_prompt_and_differ(model, engine):

@@ -140,7 +140,7 @@ def test_a_killed_measurement_is_a_row_and_ctrl_c_keeps_what_there_is(model, tmp
     os.kill(_measuring(process.pid, after=0), signal.SIGKILL)  # what the system does where memory runs out
     second = _measuring(process.pid, after=1, out=out)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in errors
     assert "died (signal 9)" in output and "interrupted: 1 of 2 cases measured" in output
     assert [(row["length"], row["failed"]) for row in rows(out)] == [(64, "died (signal 9)")]
@@ -149,7 +149,7 @@ def test_a_killed_measurement_is_a_row_and_ctrl_c_keeps_what_there_is(model, tmp
 
 def _measuring(parent: int, after: int, out: Path | None = None) -> int:
     """The process id of the running case, once `after` cases are kept in `out`."""
-    for _ in range(600):
+    for _ in range(6000):
         time.sleep(0.05)
         if out and (not out.exists() or len(rows(out)) < after):
             continue
