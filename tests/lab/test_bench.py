@@ -137,10 +137,13 @@ def test_a_killed_measurement_is_a_row_and_ctrl_c_keeps_what_there_is(model, tmp
     process = subprocess.Popen(
         command("bench", "prefill", "--model", model, "--lengths", "64,128", "--repeats", "1000000", "--out", out),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    os.kill(_measuring(process.pid, after=0), signal.SIGKILL)  # what the system does where memory runs out
-    second = _measuring(process.pid, after=1, out=out)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=300)
+    try:
+        os.kill(_measuring(process.pid, after=0), signal.SIGKILL)  # what the system does where memory runs out
+        second = _measuring(process.pid, after=1, out=out)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in errors
     assert "died (signal 9)" in output and "interrupted: 1 of 2 cases measured" in output
     assert [(row["length"], row["failed"]) for row in rows(out)] == [(64, "died (signal 9)")]
