@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.model.attention import Attention, Phase
+from fathom.model.baselines.dsa import SparseLatentAttention
 from fathom.model.baselines.gqa import GroupedQueryAttention
+from fathom.model.baselines.mla import LatentAttention
 from fathom.model.cache import LayerCache
 from fathom.model.hyper_connections import HyperConnection
 from fathom.model.layers import RMSNorm
@@ -14,7 +16,7 @@ from fathom.model.layout import Layout
 from fathom.model.moe import MixtureOfExperts, Routing
 
 
-ATTENTION = {"v4": Attention, "gqa": GroupedQueryAttention}  # by config.attention
+ATTENTION = {"v4": Attention, "gqa": GroupedQueryAttention, "mla": LatentAttention, "dsa": SparseLatentAttention}  # by config.attention
 
 
 class Observation(NamedTuple):

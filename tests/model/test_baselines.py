@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+from transformers.models.deepseek_v32 import modeling_deepseek_v32
 from transformers.models.qwen3 import modeling_qwen3
 
 from fathom import ops
@@ -22,12 +24,12 @@ from fathom.text.tokenizer import Tokenizer
 from fathom.train.objective import LossWeights, objective
 from tests.models import random_model, random_tokens, small_config
 
-KINDS = ["gqa"]
+KINDS = ["gqa", "mla", "dsa"]
 
 
 def baseline_config(kind: str, layers: int = 2, **changes) -> ModelConfig:
     groups = {"num_key_value_heads": 2} if kind == "gqa" else {}
-    return small_config([0] * layers, attention=kind, index_topk=6, **(groups | changes))
+    return small_config([0] * layers, attention=kind, **({"index_topk": 6} | groups | changes))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -83,6 +85,73 @@ def test_gqa_equals_transformers_qwen3_attention(tokens):
     expected = attend(module, modeling_qwen3.Qwen3RotaryEmbedding(other), x_BSW, tokens)
     assert expected.std() > 0.01
     torch.testing.assert_close(ours(config, attention, x_BSW), expected, atol=1e-6, rtol=0)  # their angles are float32
+
+
+def pairs_from_halves_first(weight: torch.Tensor, heads: int, rotary: int) -> torch.Tensor:
+    """The same for rows whose leading channels are the turned ones: they come last, in pairs."""
+    rows = weight.unflatten(0, (heads, -1))
+    return halves_to_pairs(torch.cat([rows[:, rotary:], rows[:, :rotary]], 1).flatten(0, 1), heads, rotary)
+
+
+LATENT = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=32,
+              qk_rope_head_dim=16, v_head_dim=32, head_dim=16, rms_norm_eps=1e-6,
+              rope_parameters={"rope_type": "default", "rope_theta": 160000.0})
+
+
+def copy_latent(attention, module):
+    for linear, source in ((attention.query_down, module.q_a_proj), (attention.query_up, module.q_b_proj),
+                           (attention.latent_down, module.kv_a_proj_with_mqa), (attention.output, module.o_proj)):
+        linear.weight.copy_(source.weight)
+    key_HDL, value_HDL = module.kv_b_proj.weight.unflatten(0, (4, 64)).split(32, 1)
+    attention.key_up.weight.copy_(key_HDL.flatten(0, 1))
+    attention.value_up.weight.copy_(value_HDL.flatten(0, 1))
+    for norm, source in ((attention.query_norm, module.q_a_layernorm), (attention.latent_norm, module.kv_a_layernorm)):
+        source.weight.copy_(torch.rand(len(source.weight), generator=torch.Generator().manual_seed(1)) + 0.5)
+        norm.weight.copy_(source.weight)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])  # absorbed, expanded
+@torch.no_grad()
+def test_mla_equals_transformers_deepseek_v3_attention(tokens):
+    config = baseline_config("mla", kv_lora_rank=48, rope_scaling=None)
+    attention = random_model(config).double().blocks[0].attention
+    assert attention.expands(tokens) is (tokens == 100)
+    other = theirs("deepseek_v3", **(LATENT | {"kv_lora_rank": 48}))
+    module = modeling_deepseek_v3.DeepseekV3Attention(other, 0).double()
+    copy_latent(attention, module)
+    x_BSW = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = attend(module, modeling_deepseek_v3.DeepseekV3RotaryEmbedding(other), x_BSW, tokens)
+    assert expected.std() > 0.003
+    for expand in (False, True):
+        attention.expands = lambda queries, expand=expand: expand
+        torch.testing.assert_close(ours(config, attention, x_BSW), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+@torch.no_grad()
+def test_dsa_equals_transformers_deepseek_v32_attention(tokens):
+    config = baseline_config("dsa", kv_lora_rank=24, index_topk=8, index_n_heads=8, index_head_dim=32, rope_scaling=None)
+    attention = random_model(config).double().blocks[0].attention
+    other = theirs("deepseek_v32", **LATENT, index_topk=8, index_n_heads=8, index_head_dim=32)
+    module = modeling_deepseek_v32.DeepseekV32Attention(other, 0).double()
+    copy_latent(attention, module)
+    indexer, source = attention.indexer, module.indexer
+    indexer.query_up.weight.copy_(pairs_from_halves_first(source.wq_b.weight, 8, 16))
+    indexer.key.weight.copy_(pairs_from_halves_first(source.wk.weight, 1, 16))
+    source.k_norm.weight.copy_(torch.rand(32, generator=torch.Generator().manual_seed(2)) + 0.5)
+    source.k_norm.bias.copy_(torch.rand(32, generator=torch.Generator().manual_seed(3)) - 0.5)
+    indexer.key_norm.weight.copy_(pairs_from_halves_first(source.k_norm.weight, 1, 16))
+    indexer.key_norm.bias.copy_(pairs_from_halves_first(source.k_norm.bias, 1, 16))
+    indexer.head_weights.weight.copy_(source.weights_proj.weight)
+    x_BSW = torch.randn(2, tokens, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = attend(module, modeling_deepseek_v32.DeepseekV32RotaryEmbedding(other), x_BSW, tokens)
+    dense = modeling_deepseek_v3.DeepseekV3Attention(theirs("deepseek_v3", **LATENT), 0).double()
+    dense.load_state_dict({name: tensor for name, tensor in module.state_dict().items() if "indexer" not in name})
+    everything = attend(dense, modeling_deepseek_v32.DeepseekV32RotaryEmbedding(other), x_BSW, tokens)
+    assert bool((everything - expected).abs().max() > 1e-3) is (tokens > 8)  # the selection matters
+    for expand in (False, True):
+        attention.expands = lambda queries, expand=expand: expand
+        torch.testing.assert_close(ours(config, attention, x_BSW), expected, atol=2e-6, rtol=0)
 
 
 # ---- one program
@@ -177,7 +246,7 @@ def test_gradients_of_the_fast_path_equal_the_definitions(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("phase", ["dense", "sparse"])
-def test_training_lowers_every_loss_and_reaches_every_parameter(kind, phase):
+def test_training_lowers_the_losses_and_reaches_every_parameter(kind, phase):
     config = baseline_config(kind)
     model = Transformer(config).initialise(0)
     optimizer = Optimizer(model.named_parameters(), config, Muon(), AdamW())
@@ -193,8 +262,23 @@ def test_training_lowers_every_loss_and_reaches_every_parameter(kind, phase):
         optimizer.step(0.01)
         seen.append(losses.parts)
     assert reached == {name for name, _ in model.named_parameters()}
-    for name in {"loss", "mtp_loss"} | ({"indexer_loss"} if kind == "dsa" else set()):
+    for name in ("loss", "mtp_loss"):
         assert seen[-1][name] < seen[0][name]
+
+
+@pytest.mark.parametrize("phase", ["dense", "sparse"])
+def test_the_token_indexer_learns_what_the_heads_read_and_nothing_else_feels_it(phase):
+    model = random_model(baseline_config("dsa", 1, num_nextn_predict_layers=0, compress_ratios=[0]))
+    indexer = [parameter for name, parameter in model.named_parameters() if ".indexer." in name]
+    optimizer, seen, tokens = torch.optim.Adam(indexer, 0.01), [], random_tokens(model.config, 1, 40)
+    for _ in range(12):
+        model.zero_grad()
+        observation = model.features(tokens, torch.arange(40)[None], [], phase).observations[0]
+        observation.index_loss.backward()
+        optimizer.step()
+        seen.append(float(observation.index_loss))
+    assert seen[-1] < 0.8 * seen[0]
+    assert all((parameter.grad is not None) is (".indexer." in name) for name, parameter in model.named_parameters())
 
 
 # ---- counted, stored, served
