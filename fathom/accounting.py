@@ -44,23 +44,35 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def flops_per_token(config: ModelConfig, context: int) -> dict[str, float]:
-    """FLOPs of one token's forward pass at position `context`, by part: weights, attention, indexer."""
+    """FLOPs of one token's forward pass at position `context`, by part: weights, attention, indexer.
+
+    MLA and DSA as they decode: queries go into the latent and values come out of it, so that a key costs 2 (L + P) + 2 L a head.
+    """
     core = index = 0.0
     for layer in range(config.num_hidden_layers):
-        read = min(context, config.sliding_window)
+        read, scored, per_key = min(context, config.sliding_window), 0, 4 * config.head_dim
         if config.kind(layer) == "csa":
-            entries = context // config.ratio(layer)
-            read += min(entries, config.index_topk)
-            index += 2 * entries * config.index_n_heads * config.index_head_dim
+            scored = context // config.ratio(layer)
+            read += min(scored, config.index_topk)
         elif config.kind(layer) == "hca":
             read += context // config.ratio(layer)
-        core += 4 * read * config.num_attention_heads * config.head_dim
+        elif config.kind(layer) != "window":
+            read = context
+        if config.kind(layer) in ("mla", "dsa"):
+            per_key = 4 * config.latent_channels + 2 * config.qk_rope_head_dim
+        if config.kind(layer) == "dsa":
+            read, scored = min(context, config.index_topk), context
+        core += per_key * read * config.num_attention_heads
+        index += 2 * scored * config.index_n_heads * config.index_head_dim
     return {"weights": 2.0 * parameters(config).activated, "attention": core, "indexer": index}
 
 
 def cache_bytes(config: ModelConfig, element_bytes: int = 4) -> CacheBytes:
     """Bytes of one sequence's cache as Fathom allocates it; compressor tails are float32 whatever the elements."""
     growth, fixed = 0.0, 0
+    if config.attention != "v4":
+        channels = baseline_channels(config) + (config.index_head_dim if config.attention == "dsa" else 0)
+        return CacheBytes(config.num_hidden_layers * channels * element_bytes, 0)
     for layer in range(config.num_hidden_layers):
         fixed += config.sliding_window * config.head_dim * element_bytes
         kind, ratio = config.kind(layer), config.ratio(layer)
@@ -73,12 +85,27 @@ def cache_bytes(config: ModelConfig, element_bytes: int = 4) -> CacheBytes:
     return CacheBytes(growth, fixed)
 
 
+def baseline_channels(config: ModelConfig) -> int:
+    """Numbers that a baseline keeps of a token in a layer, index keys apart: keys and values of GQA, latent and rotary key of MLA."""
+    if config.attention == "gqa":
+        return 2 * config.num_key_value_heads * config.head_dim
+    return config.latent_channels + config.qk_rope_head_dim
+
+
 def released_cache_bytes(config: ModelConfig) -> CacheBytes:
     """The same in the released formats: FP8 entries with BF16 rotary channels and scales, MXFP4 indexer keys.
 
     Per entry: one byte a plain channel, one scale byte per 64 of them padded to eight, two bytes a rotary channel (584 for 512
     channels); per key half a byte a channel and one scale byte per 32 (68 for 128). The tails are left out, as in the report.
+    Baselines in the formats of their releases: GQA and MLA in BF16; DSA as DeepSeek-V3.2, latent and keys in FP8 with a float32 scale
+    per 128 channels and rotary keys in BF16 (656 + 132).
     """
+    if config.attention != "v4":
+        token = 2 * baseline_channels(config)
+        if config.attention == "dsa":
+            token = sum(channels + -(-channels // 128) * 4 for channels in (config.latent_channels, config.index_head_dim))
+            token += 2 * config.qk_rope_head_dim
+        return CacheBytes(config.num_hidden_layers * token, 0)
     plain = config.head_dim - config.qk_rope_head_dim
     entry = plain + -(-plain // 64 // 8) * 8 + 2 * config.qk_rope_head_dim
     key = -(-config.index_head_dim // 2) + -(-config.index_head_dim // 32)
@@ -95,20 +122,35 @@ def _compressor(config: ModelConfig, ratio: int, channels: int, halves: int) -> 
     return halves * channels * (2 * config.hidden_size + ratio) + channels
 
 
-def _layer(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """Total and activated parameters of one block."""
+def _attention(config: ModelConfig, layer: int) -> int:
+    """Parameters of one layer's attention; a token multiplies with all of them."""
     width, heads, channels, rank = config.hidden_size, config.num_attention_heads, config.head_dim, config.q_lora_rank
-    ratio, kind, streams = config.ratio(layer), config.kind(layer), config.hc_mult
+    kind, ratio = config.kind(layer), config.ratio(layer)
+    if kind == "gqa":
+        shared = config.num_key_value_heads
+        return 2 * width * heads * channels + 2 * width * shared * channels + 2 * channels
+    if kind in ("mla", "dsa"):
+        rotary, latent = config.qk_rope_head_dim, config.latent_channels
+        index_heads, index_channels = config.index_n_heads, config.index_head_dim
+        indexer = index_heads * (rank * index_channels + width) + index_channels * (width + 2)
+        return (width * rank + rank + rank * heads * (channels + rotary) + width * (latent + rotary) + latent
+                + 2 * heads * channels * latent + heads * channels * width + (indexer if kind == "dsa" else 0))
     grouped = config.o_groups * config.o_lora_rank
-    dense = (rank * width + rank + heads * channels * rank + channels * width + channels
+    count = (rank * width + rank + heads * channels * rank + channels * width + channels
              + heads * channels // config.o_groups * grouped + grouped * width + heads)
     if kind != "window":
-        dense += _compressor(config, ratio, channels, 2 if kind == "csa" else 1)
+        count += _compressor(config, ratio, channels, 2 if kind == "csa" else 1)
     if kind == "csa":
-        dense += (config.index_n_heads * (config.index_head_dim * rank + width)
+        count += (config.index_n_heads * (config.index_head_dim * rank + width)
                   + _compressor(config, ratio, config.index_head_dim, 2))
+    return count
+
+
+def _layer(config: ModelConfig, layer: int) -> tuple[int, int]:
+    """Total and activated parameters of one block."""
+    width, streams = config.hidden_size, config.hc_mult
     mixes = (2 + streams) * streams
-    dense += 2 * (mixes * streams * width + mixes + 3) + 2 * width
+    dense = _attention(config, layer) + 2 * (mixes * streams * width + mixes + 3) + 2 * width
     expert = 3 * width * config.moe_intermediate_size
     dense += expert + config.n_routed_experts * width + (0 if config.routes_by_hash(layer) else config.n_routed_experts)
     return dense + config.n_routed_experts * expert, dense + config.num_experts_per_tok * expert

@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 from fathom.errors import ConfigError
 
-LayerKind = Literal["window", "csa", "hca"]
+LayerKind = Literal["window", "csa", "hca", "gqa", "mla", "dsa"]
+
+# What a model attends with: V4's window and compressed entries, or an attention to compare it with (model/baselines).
+ATTENTIONS = ("v4", "gqa", "mla", "dsa")
 
 # A compressed layer selects its entries with an indexer (CSA) up to this ratio and reads all of them (HCA)
 # beyond. The released models use 4 and 128 only; entries this coarse are too few to be worth selecting from.
@@ -50,6 +53,8 @@ class ModelConfig:
 
     `compress_ratios` names each layer's attention (and, behind the layers, each MTP block's): 0 reads the
     window only, a ratio up to 16 is CSA (overlapping blocks, selected by an indexer), a larger one is HCA.
+    `attention` replaces all of them by a baseline that keeps every token: "gqa" (num_key_value_heads), "mla" (kv_lora_rank, by
+    default four heads wide) or "dsa" (MLA with the indexer's fields); keys are rotated as in compressed layers.
     Raises ConfigError naming the field, its value and what is allowed.
     """
 
@@ -87,6 +92,10 @@ class ModelConfig:
     bos_token_id: int = 0
     eos_token_id: int = 1
 
+    # Beyond the released fields, and in config.json only where they are used.
+    attention: str = "v4"
+    kv_lora_rank: int | None = None
+
     # Fixed by the architecture; part of the file format, so they are kept and checked.
     num_key_value_heads: int = 1
     n_shared_experts: int = 1
@@ -117,12 +126,23 @@ class ModelConfig:
     # ---- the layer schedule
 
     def ratio(self, layer: int) -> int:
-        """Compression ratio of a layer; layers from num_hidden_layers on are the MTP blocks (0 where not listed)."""
-        return self.compress_ratios[layer] if layer < len(self.compress_ratios) else 0
+        """Compression ratio of a layer; layers from num_hidden_layers on are the MTP blocks. 0 compresses nothing."""
+        listed = self.attention == "v4" and layer < len(self.compress_ratios)
+        return self.compress_ratios[layer] if listed else 0
 
     def kind(self, layer: int) -> LayerKind:
-        """Attention kind of a layer: "window", "csa" (with indexer and overlap) or "hca"."""
-        return kind_of_ratio(self.ratio(layer))
+        """Attention kind of a layer: "window", "csa" (with indexer and overlap) or "hca"; or the baseline in its place."""
+        return kind_of_ratio(self.ratio(layer)) if self.attention == "v4" else self.attention
+
+    @property
+    def ratios(self) -> frozenset[int]:
+        """The compression ratios in use, without 0."""
+        return frozenset(self.ratio(layer) for layer in range(len(self.compress_ratios))) - {0}
+
+    @property
+    def latent_channels(self) -> int:
+        """Width of MLA's latent: kv_lora_rank or, where absent, DeepSeek-V3's four heads."""
+        return self.kv_lora_rank or 4 * self.head_dim
 
     def routes_by_hash(self, layer: int) -> bool:
         """Whether the layer's experts come from the token-id table."""
@@ -146,6 +166,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The keys and values of config.json; absent optional sections are left out, as released."""
         values = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        if self.attention == "v4":
+            del values["attention"]
         return {name: value for name, value in values.items() if value is not None or name == "rope_scaling"}
 
     @classmethod
@@ -251,7 +273,13 @@ _RULES: list[tuple[str, str, Any]] = [
     ("rope_scaling", "type \"yarn\" with factor at least 1, or null",
      lambda c: c.rope_scaling is None or (c.rope_scaling.type == "yarn" and c.rope_scaling.factor >= 1)),
     ("expert_dtype", "\"fp4\", \"fp8\" or absent", lambda c: c.expert_dtype in (None, "fp4", "fp8")),
-    _exactly("num_key_value_heads", 1), _exactly("n_shared_experts", 1), _exactly("hidden_act", "silu"),
+    ("attention", ", ".join(f'"{name}"' for name in ATTENTIONS), lambda c: c.attention in ATTENTIONS),
+    ("kv_lora_rank", "at least 1, with attention \"mla\" or \"dsa\"",
+     lambda c: c.kv_lora_rank is None or (c.kv_lora_rank >= 1 and c.attention in ("mla", "dsa"))),
+    ("num_key_value_heads", "1, or with attention \"gqa\" a divisor of num_attention_heads",
+     lambda c: c.num_key_value_heads == 1 or (c.attention == "gqa" and c.num_key_value_heads >= 1
+                                              and c.num_attention_heads % c.num_key_value_heads == 0)),
+    _exactly("n_shared_experts", 1), _exactly("hidden_act", "silu"),
     _exactly("scoring_func", "sqrtsoftplus"), _exactly("topk_method", "noaux_tc"), _exactly("norm_topk_prob", True),
     _exactly("attention_bias", False), _exactly("attention_dropout", 0.0), _exactly("tie_word_embeddings", False),
     _exactly("model_type", "deepseek_v4"),

@@ -10,7 +10,7 @@ from fathom.checkpoint.training import find_model
 from fathom.config import PRESETS, ModelConfig
 from fathom.errors import InputError
 
-KIND_NAMES = {"window": "window", "csa": "CSA", "hca": "HCA"}
+KIND_NAMES = {"window": "window", "csa": "CSA", "hca": "HCA", "gqa": "GQA", "mla": "MLA", "dsa": "DSA"}
 
 
 def describe(model: str, context: int | None = None) -> Table:

@@ -330,7 +330,7 @@ def _sizes(model: Transformer, quantized: bool, settings: EngineSettings) -> tup
     """Slots and blocks that fit into cache_bytes: states of running requests take half of it at most."""
     one = _paged_cache(model, 1, 1, quantized, settings.drafts)
     state, block = one.state_bytes(), one.block_bytes()
-    slots = min(settings.running, settings.cache_bytes // (2 * state))
+    slots = min(settings.running, settings.cache_bytes // max(2 * state, 1))
     blocks = min((settings.cache_bytes - slots * state) // max(block, 1), MOST_BLOCKS) if slots else 0
     if blocks < 1:
         raise InputError(f"cache_bytes is {settings.cache_bytes}; this model needs at least {2 * state + block} bytes")

@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 def tokens_of_block(config: ModelConfig) -> int:
     """Tokens of a block: the least common multiple of all compression ratios."""
-    return math.lcm(*(ratio for ratio in config.compress_ratios if ratio)) if any(config.compress_ratios) else 128
+    return math.lcm(*config.ratios) if config.ratios else 128
 
 
 class PagedCache:
@@ -156,6 +156,8 @@ class _PooledRing(Ring):
         self.pool_SRC[index] = items_BWC
 
     def forget(self, keep_B: Tensor, moves: Moves) -> None:
+        if self.old_BWC is None:  # nothing was written: a layer without a window
+            return
         slot_BW, index_BW = moves.writes(self.pool_SRC.shape[1])
         if index_BW is None:
             index_BW = (moves.tokens - slot_BW.shape[1] + torch.arange(slot_BW.shape[1], device=slot_BW.device)).expand_as(slot_BW)

@@ -6,11 +6,17 @@ from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.model.attention import Attention, Phase
+from fathom.model.baselines.dsa import SparseLatentAttention
+from fathom.model.baselines.gqa import GroupedQueryAttention
+from fathom.model.baselines.mla import LatentAttention
 from fathom.model.cache import LayerCache
 from fathom.model.hyper_connections import HyperConnection
 from fathom.model.layers import RMSNorm
 from fathom.model.layout import Layout
 from fathom.model.moe import MixtureOfExperts, Routing
+
+
+ATTENTION = {"v4": Attention, "gqa": GroupedQueryAttention, "mla": LatentAttention, "dsa": SparseLatentAttention}  # by config.attention
 
 
 class Observation(NamedTuple):
@@ -27,7 +33,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_streams = HyperConnection(config)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = ATTENTION[config.attention](config, layer)
         self.moe_streams = HyperConnection(config)
         self.moe_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.moe = MixtureOfExperts(config, layer)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fathom.accounting import baseline_channels
 from fathom.config import ModelConfig
 from fathom.errors import InputError
 from fathom.quant.records import EntryRecord, KeyRecord, PlainRecord
@@ -34,6 +35,17 @@ class Moves:
             index_BW = self.count_B[:, None] - written + torch.arange(written, device=self.count_B.device)
             self._writes[size] = (self.start_B[:, None] + index_BW) % size, None if self.whole else index_BW
         return self._writes[size]
+
+
+class Tokens(NamedTuple):
+    """The N new tokens and what each query may read where every token is kept as it is (the baselines): slots are places of a row."""
+
+    row_N: Tensor
+    step_N: Tensor
+    slot_N: Tensor
+    first_BS: Tensor
+    count_BS: Tensor
+    kept: int  # per row, for all queries of the call
 
 
 def _zeros(*shape: int, record: PlainRecord, device: torch.device) -> Tensor:
@@ -85,6 +97,11 @@ class Stream:
         """The first `count` entries of each row [B, M, D]."""
         return self.record.unpack(self.records_BMC[:, :count])
 
+    def extend(self, new_BSD: Tensor, tokens: Tokens) -> Tensor:
+        """Keep every new token as an entry of its own; all so far [B, M, D]."""
+        self.put(tokens.row_N, tokens.slot_N, new_BSD[tokens.row_N, tokens.step_N])
+        return self.entries(tokens.kept)
+
 
 class LayerFormat(NamedTuple):
     """How one layer's state lies in memory: records of window keys, entries and index keys, and of the compressors' raw tokens."""
@@ -102,6 +119,9 @@ class LayerFormat(NamedTuple):
     def of(cls, config: ModelConfig, layer: int, dtype: torch.dtype, quantized: bool) -> "LayerFormat":
         """The format of a layer; layers from num_hidden_layers on are the MTP blocks."""
         entry, key = PlainRecord(config.head_dim, dtype), PlainRecord(config.index_head_dim, dtype)
+        if config.attention != "v4":  # every token is an entry, and there is no window and no tail
+            entry, nothing = PlainRecord(baseline_channels(config), dtype), PlainRecord(0, dtype)
+            return cls(nothing, 1, 1, config.attention == "dsa", entry, key, nothing, nothing)
         if quantized:
             entry = EntryRecord(config.head_dim, config.qk_rope_head_dim, dtype)
             key = KeyRecord(config.index_head_dim, dtype)

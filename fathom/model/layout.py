@@ -5,12 +5,13 @@ documents apart: blocks are counted from the document's start and no reach goes 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fathom.config import ModelConfig, kind_of_ratio
-from fathom.model.cache import Cache, Moves
+from fathom.model.cache import Cache, Moves, Tokens
 from fathom.model.layers import rotary_frequencies
 
 
@@ -60,7 +61,15 @@ class Layout:
         self.compressed_turn_BSC = self.turn(position_BS, compressed=True)
         self.real_BS = step_S < count_B[:, None]
         self.blocks = {ratio: self._blocks(ratio, cached=cache is not None)
-                       for ratio in sorted(set(config.compress_ratios) - {0})}
+                       for ratio in sorted(config.ratios)}
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Every token as an entry of its own; a query sees its document's up to itself."""
+        row_N, step_N = self.real_BS.nonzero(as_tuple=True)
+        slot_N = self.place_BS[row_N, step_N]
+        return Tokens(row_N, step_N, slot_N, self.place_BS - self.position_BS, (self.position_BS + 1).where(self.real_BS, 0),
+                      int((self.start_B + self.count_B).max()))
 
     def turn(self, position: Tensor, compressed: bool) -> Tensor:
         """Rotary turns [..., C] in complex64 at integer positions, for compressed layers or window-only ones."""

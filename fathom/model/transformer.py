@@ -179,7 +179,7 @@ class Transformer(nn.Module):
             leaf = name.rsplit(".", 1)[-1]
             if name.endswith("norm.weight"):
                 parameter.fill_(1)
-            elif leaf in ("sink", "position_bias", "base"):
+            elif leaf in ("sink", "position_bias", "base", "bias"):
                 parameter.zero_()
             elif leaf == "scale":
                 parameter.fill_(0.01)  # mHC paper, table 5

@@ -2,6 +2,7 @@
 
 import fathom.ops.cpu.attention
 import fathom.ops.cpu.experts
+import fathom.ops.cpu.grouped_attention
 import fathom.ops.cpu.index_objective
 import fathom.ops.cpu.index_topk
 import fathom.ops.cpu.linear
@@ -20,6 +21,7 @@ from fathom.ops.attention import (
 from fathom.ops.compress import pool_blocks
 from fathom.ops.dispatch import using
 from fathom.ops.experts import clamped_swiglu, routed_experts
+from fathom.ops.grouped_attention import grouped_attention, key_mass
 from fathom.ops.index_objective import index_objective
 from fathom.ops.index_topk import index_scores, index_topk
 from fathom.ops.linear import Matrix, dense, linear
@@ -30,7 +32,7 @@ from fathom.ops.streams import collapse_coefficients, sinkhorn, stream_coefficie
 
 __all__ = [
     "IGNORE", "Entries", "Matrix", "Window", "attended_entries", "attention", "clamped_swiglu", "collapse_coefficients",
-    "cross_entropy", "dense", "entry_mass", "index_divergence", "index_objective", "index_scores", "index_topk", "linear", "orthogonalize",
-    "pool_blocks", "routed_experts", "sequence_balance", "sinkhorn", "stream_coefficients", "streams_in", "streams_out", "using",
+    "cross_entropy", "dense", "entry_mass", "grouped_attention", "index_divergence", "index_objective", "index_scores", "index_topk", "key_mass", "linear",
+    "orthogonalize", "pool_blocks", "routed_experts", "sequence_balance", "sinkhorn", "stream_coefficients", "streams_in", "streams_out", "using",
     "visible_entries", "wide",
 ]

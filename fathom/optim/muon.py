@@ -173,8 +173,10 @@ class Optimizer:
 
 def _blocks(name: str, rows: int, config: ModelConfig) -> int:
     """Independent matrices along dim 0 of a 2-D weight: heads, output groups, the two halves of overlapping blocks."""
-    if name.endswith(".attention.query_up.weight"):
+    if name.endswith((".attention.query_up.weight", ".attention.query.weight", ".attention.key_up.weight", ".attention.value_up.weight")):
         return config.num_attention_heads
+    if name.endswith((".attention.key.weight", ".attention.value.weight")):
+        return config.num_key_value_heads
     if name.endswith(".attention.output_down.weight"):
         return config.o_groups
     if name.endswith(".indexer.query_up.weight"):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fathom.accounting import cache_bytes
+from fathom.accounting import cache_bytes, flops_per_token, parameters
 from fathom.checkpoint.released import save_model
 from fathom.config import ModelConfig
 from fathom.errors import FathomError
-from fathom.lab.baseline_costs import curves, dsa, gqa, mla
+from fathom.lab.baseline_costs import curves, rivals
 from fathom.lab.million import Settings, read_text, run_million, small_config
 from fathom.lab.million_facts import observe, plant, read_with, window_only
 from fathom.lab.million_reader import Reader
@@ -84,18 +84,21 @@ def test_baseline_costs_by_hand():
     # Per layer: experts 3 x 98,304, router 4,096 (and 16 where learned), norms 512, streams 49,206; head and collapse 528,645.
     rest = 6 * (294_912 + 4_096 + 512 + 49_206) + 5 * 16 + 528_645
     config = small_config()
-    assert gqa(config).weights == rest + 6 * 262_144
-    assert mla(config).weights == rest + 6 * (32_768 + 128 + 49_152 + 73_728 + 256 + 131_072 + 65_536)
-    assert dsa(config).weights == mla(config).weights + 6 * 25_600
-    v4 = rest + 6 * 131_268 + 2 * (66_112 + 17_408 + 33_056) + 2 * 41_024  # window, CSA and its indexer, HCA
+    v4, gqa, mla, dsa = rivals(config).values()
+    latent = rest + 6 * (32_768 + 128 + 49_152 + 73_728 + 256 + 131_072 + 65_536)
+    assert parameters(gqa).activated == rest + 6 * (262_144 + 128)
+    assert parameters(mla).activated == latent
+    assert parameters(dsa).activated == latent + 6 * (25_600 + 64)
+    weights = rest + 6 * 131_268 + 2 * (66_112 + 17_408 + 33_056) + 2 * 41_024  # window, CSA and its indexer, HCA
     read, index = 2 * 128 + 2 * (128 + 128) + 2 * (128 + 32), 2 * 2 * 1024 * 4 * 32  # keys in all layers, indexers
-    assert 2 * v4 + 4 * 256 * read + index == 9_086_178
+    assert 2 * weights + 4 * 256 * read + index == 9_086_178
     assert curves(config, [4096]) == {
         "V4": {"flops": [9_086_178], "cache_bytes": [1_155_072]},
-        "GQA, 4 KV heads": {"flops": [33_553_714], "cache_bytes": [50_331_648]},
+        "GQA, 4 KV heads": {"flops": [33_555_250], "cache_bytes": [50_331_648]},
         "MLA, latent 256 + 32": {"flops": [116_428_594], "cache_bytes": [28_311_552]},
-        "DSA, top 2,048": {"flops": [69_549_874], "cache_bytes": [31_457_280]}}
-    assert dsa(config).flops(1024) == 2 * dsa(config).weights + 1024 * (6 * 4 * 1088 + 6 * 256)  # fewer than the top
+        "DSA, top 2,048": {"flops": [69_550_642], "cache_bytes": [31_457_280]}}
+    few = flops_per_token(dsa, 1024)  # fewer than the top
+    assert few["attention"] + few["indexer"] == 1024 * (6 * 4 * 1088 + 6 * 256)
 
 
 @pytest.fixture(scope="module")
