@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from fathom.cli.bench import bench
+from fathom.cli.data import data
 from fathom.cli.options import (
     DtypeOption,
     ModelArgument,
@@ -25,6 +26,7 @@ app = typer.Typer(name="fathom", help="The open, complete DeepSeek-V4 system: tr
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 
 
 @app.command(epilog="Example:  fathom train recipes/tiny.toml --set minutes=1 --set run=runs/first")

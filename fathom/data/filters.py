@@ -18,6 +18,7 @@ CODE_SUFFIXES = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs",
 MARKUP_SUFFIXES = (".tex", ".html", ".json", ".csv")
 GENERATED = re.compile(r"\b(auto(matically)?[- ]?generated|generated (automatically|by|from)|do not edit|"
                        r"machine[- ]generated)\b|@generated", re.IGNORECASE)
+JUDGED = 1 << 18  # characters from the beginning by which a text is judged
 HEAD = 600  # characters in which a text says that a program wrote it
 FUNCTION_WORDS = frozenset("the be to of and that have with a in is it for as on are this not or by".split())
 REPEATS = 8  # documents of a source that may have the same line before it counts as a template
@@ -32,6 +33,7 @@ def kind_of(name: str) -> str:
 
 def fault(text: str, kind: str) -> str | None:
     """Why a text should be left out, or None. `kind` is "prose", "code" or "markup" (held to what both share)."""
+    text = text[:JUDGED]
     if "\0" in text or text.count("\ufffd") > len(text) / 1000:
         return "damaged characters"
     if GENERATED.search(text[:HEAD]):
@@ -47,7 +49,7 @@ def fault(text: str, kind: str) -> str | None:
 
 
 def _code_fault(text: str, lines: list[str]) -> str | None:
-    if max(map(len, lines)) > 1000 or sum(map(len, lines)) > 100 * len(lines):
+    if max(map(len, lines)) > 1000 or (len(lines) > 5 and sum(map(len, lines)) > 100 * len(lines)):
         return "lines of data"
     letters = sum(map(str.isalpha, text)) / len(text)
     digits = sum(map(str.isdigit, text)) / len(text)

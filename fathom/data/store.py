@@ -6,6 +6,7 @@ same, and checked when opened. Knows no tokenizer: it is handed a function that 
 
 import hashlib
 import json
+import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,31 +126,40 @@ class StoreWriter:
     def add(self, ids: Sequence[int] | np.ndarray, document: Document) -> int:
         """Store one document's ids between bos and eos; returns how many tokens that makes."""
         row = _checked(np.concatenate([[self.bos_id], np.asarray(ids, dtype=np.int64), [self.eos_id]]), self.vocab_size).astype(self.dtype)
-        self._add(row, len(document.text.encode()), document.source, document.licence)
-        return len(row)
-
-    def append(self, store: "TokenStore", index: int, source: str, licence: str) -> None:
-        """Store one document of another store, as it is."""
-        self._add(store.document(index).astype(self.dtype), int(store.byte_lengths[index]), source, licence)
-
-    def _add(self, row: np.ndarray, size: int, source: str, licence: str) -> None:
+        size = len(document.text.encode())
         self._file.write(row.tobytes())
         self.rows.extend((len(row), size))
-        for table, name in ((self._tables["sources"], source), (self._tables["licences"], licence)):
-            counts = table.setdefault(name, dict(documents=0, tokens=0, bytes=0))
-            for field, amount in (("documents", 1), ("tokens", len(row)), ("bytes", size)):
-                counts[field] += amount
+        for table, name in (("sources", document.source), ("licences", document.licence)):
+            self._count(table, name, documents=1, tokens=len(row), bytes=size)
+        return len(row)
 
-    def finish(self, **manifest) -> None:
-        """Write documents and manifest; the store is whole after this."""
+    def extend(self, folder: Path) -> None:
+        """Store all documents of a finished store of the same vocabulary, in their order."""
+        manifest = _read_manifest(folder)
+        with open(folder / TOKENS, "rb") as tokens:
+            shutil.copyfileobj(tokens, self._file, 1 << 20)
+        self.rows.frombytes(np.load(folder / DOCUMENTS).astype(np.int64).tobytes())
+        for table in self._tables:
+            for name, counts in manifest[table].items():
+                self._count(table, name, **counts)
+
+    def _count(self, table: str, name: str, **amounts: int) -> None:
+        counts = self._tables[table].setdefault(name, dict(documents=0, tokens=0, bytes=0))
+        for field, amount in amounts.items():
+            counts[field] += amount
+
+    def finish(self, **manifest) -> int:
+        """Write documents and manifest, with these fields; the store is whole after this. Returns its documents."""
         self._file.close()
         rows = np.array(self.rows, dtype=np.int64).reshape(-1, 2)
         np.save(self.folder / DOCUMENTS, rows)
         tokens, size = rows.sum(axis=0).tolist()
+        manifest = dict(format=FORMAT, bos_id=self.bos_id, eos_id=self.eos_id, vocab_size=self.vocab_size) | manifest
         manifest |= dict(dtype=self.dtype.str, documents=len(rows), tokens=tokens, bytes=size, **self._tables)
         manifest["files"] = {name: dict(bytes=(self.folder / name).stat().st_size, sha256=sha256(self.folder / name))
                              for name in (TOKENS, DOCUMENTS)}
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+        return len(rows)
 
 
 def _content_key(documents: Sequence[Document], identity: dict) -> str:
