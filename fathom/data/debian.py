@@ -118,7 +118,7 @@ def _data_of(file: io.BufferedReader, deb: Path) -> io.BufferedIOBase:
     """The unpacked data.tar of a .deb, which is an `ar` archive: after 8 bytes, members behind headers of 60 bytes."""
     if file.read(8) != b"!<arch>\n":
         raise DataError(f"{deb.name} is no Debian package; delete it and prepare the data again")
-    while header := file.read(60):
+    while len(header := file.read(60)) == 60 and header[48:58].strip().isdigit():
         name, size = header[:16].decode("ascii", "replace").strip().rstrip("/"), int(header[48:58])
         if name.startswith("data.tar"):
             opener = {"data.tar.xz": lzma.open, "data.tar.gz": gzip.open, "data.tar": lambda data: data, "data.tar.zst": _zstd}[name]
