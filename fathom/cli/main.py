@@ -9,6 +9,7 @@ import typer
 
 from fathom.cli.bench import bench
 from fathom.cli.lab import lab
+from fathom.cli.data import data
 from fathom.cli.options import (
     DtypeOption,
     ModelArgument,
@@ -27,6 +28,7 @@ app = typer.Typer(name="fathom", help="The open, complete DeepSeek-V4 system: tr
                   context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 app.add_typer(lab, name="lab")
+app.add_typer(data, name="data")
 
 
 @app.command(epilog="Example:  fathom train recipes/tiny.toml --set minutes=1 --set run=runs/first")

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fathom.errors import DataError
 
@@ -66,7 +67,7 @@ def split_held_out(documents: Iterable[Document], share: float,
     """
     if not 0 < share < 1:
         raise DataError(f"held-out share {share} must lie between 0 and 1")
-    cut = [(document, list(_pieces(document.text, piece_bytes))) for document in documents]
+    cut = [(document, list(text_pieces(document.text, piece_bytes))) for document in documents]
     digest_of = {piece: hashlib.sha256(piece.encode()).digest() for _, pieces in cut for piece in pieces}
     least = min(digest_of.values(), default=b"")
     train, held_out = [], []
@@ -87,7 +88,7 @@ def split_held_out(documents: Iterable[Document], share: float,
     return train, held_out
 
 
-def _pieces(text: str, piece_bytes: int) -> Iterator[str]:
+def text_pieces(text: str, piece_bytes: int) -> Iterator[str]:
     """Cut before the first paragraph after `piece_bytes`, or any line after twice as many; pieces join to `text`."""
     piece: list[str] = []
     size = 0
@@ -110,25 +111,27 @@ def _joined(document: Document, pieces: list[str], first: int, count: int) -> li
 
 
 def _read_source(source: str, path: Path) -> Iterator[Document]:
-    package, suffix = source.removeprefix("package:"), _jsonl_suffix(source)
+    package, suffix = source.removeprefix("package:"), jsonl_suffix(source)
     if package != source:
         yield from _read_package(source, package)
     elif not path.exists():
         raise DataError(f"{path} does not exist; check the path among the sources")
     elif suffix:
-        yield from _read_jsonl(source, path, suffix)
+        for row, place in read_rows(path, suffix):
+            yield _row_document(row, source, place)
     elif path.is_dir():
-        for file in _text_files(path):
-            yield Document(_read_text(file), source, name=file.relative_to(path).as_posix())
+        for file in text_files(path):
+            yield Document(read_text(file), source, name=file.relative_to(path).as_posix())
     else:
-        yield Document(_read_text(path), source, name=path.name)
+        yield Document(read_text(path), source, name=path.name)
 
 
-def _jsonl_suffix(source: str) -> str | None:
+def jsonl_suffix(source: str) -> str | None:
+    """The ending by which a file is JSON lines, plain or compressed, or None."""
     return next((suffix for suffix in OPENERS if source.endswith(suffix)), None)
 
 
-def _text_files(folder: Path) -> list[Path]:
+def text_files(folder: Path) -> list[Path]:
     """All files below `folder` with a text suffix, sorted by path; hidden files and folders left out."""
     files = []
     for parent, folders, names in os.walk(folder):
@@ -138,24 +141,35 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def _read_package(source: str, package: str) -> Iterator[Document]:
+    distribution = installed(package)
+    licence = package_licence(distribution.metadata)
+    for file in python_files(distribution):
+        yield Document(read_text(Path(file.locate())), source, licence, str(file))
+
+
+def installed(package: str) -> importlib.metadata.Distribution:
+    """An installed distribution; DataError where there is none of this name."""
     try:
-        distribution = importlib.metadata.distribution(package)
+        return importlib.metadata.distribution(package)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        raise DataError(f"{source} is not installed; run: pip install {package}") from error
-    licence = _package_licence(distribution.metadata)
-    for file in sorted(distribution.files or [], key=str):
-        if file.suffix == ".py" and not {"..", "tests", "test"} & set(file.parts):
-            yield Document(_read_text(Path(file.locate())), source, licence, str(file))
+        raise DataError(f"package:{package} is not installed; run: pip install {package}") from error
 
 
-def _package_licence(metadata: importlib.metadata.PackageMetadata) -> str:
-    """The licence expression, else the licence classifier, else the first line of the free-text field."""
+def python_files(distribution: importlib.metadata.Distribution) -> list[importlib.metadata.PackagePath]:
+    """A distribution's Python files without its tests, sorted by path."""
+    return [file for file in sorted(distribution.files or [], key=str)
+            if file.suffix == ".py" and not {"..", "tests", "test"} & set(file.parts)]
+
+
+def package_licence(metadata: importlib.metadata.PackageMetadata) -> str:
+    """A package's licence: the expression, else the licence classifier, else the first line of the free-text field."""
     classifiers = [entry for entry in metadata.get_all("Classifier") or [] if entry.startswith("License ::")]
     named = metadata.get("License-Expression") or " or ".join(entry.split(" :: ")[-1] for entry in classifiers)
     return named or (metadata.get("License") or "").partition("\n")[0].strip() or UNSTATED
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's UTF-8 text; DataError where it is missing, binary or in another encoding."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -167,7 +181,8 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_jsonl(source: str, path: Path, suffix: str) -> Iterator[Document]:
+def read_rows(path: Path, suffix: str) -> Iterator[tuple[Any, str]]:
+    """The parsed lines of a JSON lines file, each with the place where it stands; DataError for what is damaged."""
     opener = OPENERS[suffix]
     if opener is None:
         raise DataError(f"{path} needs the zstandard package; run: pip install zstandard")
@@ -177,22 +192,31 @@ def _read_jsonl(source: str, path: Path, suffix: str) -> Iterator[Document]:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _row_document(line, source, f"{path}, line {number}")
+                    place = f"{path}, line {number}"
+                    yield _parsed(line, place), place
     except damage as error:
         raise DataError(f"cannot read {path}: damaged, or not {suffix[1:]} in UTF-8 ({error}); get it again") from error
 
 
-def _row_document(line: str, source: str, place: str) -> Document:
+def _parsed(line: str, place: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except ValueError as error:
         raise DataError(f"{place} is not JSON ({error}); write one JSON object a line") from error
+
+
+def _row_document(row: Any, source: str, place: str) -> Document:
     fields = {"text": None, "source": source, "licence": UNSTATED, "name": ""}
     values = {key: row.get(key, default) for key, default in fields.items()} if isinstance(row, dict) else {}
     if not values or not all(isinstance(value, str) for value in values.values()):
         raise DataError(f'{place} needs a string "text" (and strings for "source", "licence" and "name" if given)')
+    check_text(values["text"], place)
+    return Document(**values)
+
+
+def check_text(text: str, place: str) -> None:
+    """DataError where a text from JSON holds half a surrogate pair, which UTF-8 cannot."""
     try:
-        values["text"].encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{place} holds half a surrogate pair, which is no UTF-8 text; repair it") from error
-    return Document(**values)

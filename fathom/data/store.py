@@ -6,6 +6,8 @@ same, and checked when opened. Knows no tokenizer: it is handed a function that 
 
 import hashlib
 import json
+import shutil
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -85,27 +87,79 @@ def build_store(folder: str | Path, documents: Sequence[Document], encode_many: 
                 return store
         except DataError:
             pass  # damaged: written anew below
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     try:
         with new_folder(folder) as partial:
-            lengths, byte_lengths = [], [len(document.text.encode()) for document in documents]
-            done = [0, *accumulate(byte_lengths)]
-            with open(partial / TOKENS, "wb") as file:
-                for first, last in _batches(byte_lengths):
-                    for ids in encode_many([document.text for document in documents[first:last]]):
-                        row = _checked([bos_id, *ids, eos_id], vocab_size).astype(dtype)
-                        file.write(row.tobytes())
-                        lengths.append(len(row))
+            sizes = [len(document.text.encode()) for document in documents]
+            done = [0, *accumulate(sizes)]
+            with StoreWriter(partial, bos_id=bos_id, eos_id=eos_id, vocab_size=vocab_size) as writer:
+                for first, last in _batches(sizes):
+                    batch = documents[first:last]
+                    for document, ids in zip(batch, encode_many([document.text for document in batch]), strict=True):
+                        writer.add(ids, document)
                     if progress:
                         progress(done[last])
-            np.save(partial / DOCUMENTS, np.array([lengths, byte_lengths], dtype=np.int64).T)
-            manifest = dict(key=key, **identity, dtype=dtype.str, **_tables(documents, lengths, byte_lengths))
-            manifest["files"] = {name: dict(bytes=(partial / name).stat().st_size, sha256=sha256(partial / name))
-                                 for name in (TOKENS, DOCUMENTS)}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+                writer.finish(key=key, **identity)
     except CheckpointError as error:
         raise DataError(f"{error}; free some space or choose another folder") from error
     return TokenStore.open(folder)
+
+
+class StoreWriter:
+    """Writes a store document by document into a folder that nobody reads yet; memory grows by 16 bytes a document.
+
+    `add` takes ids without bos and eos, and raises DataError for one outside the vocabulary. `finish` writes the tables
+    and the manifest, which gets the fields it is given; without it the folder is no store. A context manager.
+    """
+
+    def __init__(self, folder: Path, *, bos_id: int, eos_id: int, vocab_size: int):
+        self.folder, self.bos_id, self.eos_id, self.vocab_size = folder, bos_id, eos_id, vocab_size
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.rows, self._tables = array("q"), {"sources": {}, "licences": {}}
+        self._file = open(folder / TOKENS, "wb")
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def add(self, ids: Sequence[int] | np.ndarray, document: Document) -> int:
+        """Store one document's ids between bos and eos; returns how many tokens that makes."""
+        row = _checked(np.concatenate([[self.bos_id], np.asarray(ids, dtype=np.int64), [self.eos_id]]), self.vocab_size).astype(self.dtype)
+        size = len(document.text.encode())
+        self._file.write(row.tobytes())
+        self.rows.extend((len(row), size))
+        for table, name in (("sources", document.source), ("licences", document.licence)):
+            self._count(table, name, documents=1, tokens=len(row), bytes=size)
+        return len(row)
+
+    def extend(self, folder: Path) -> None:
+        """Store all documents of a finished store of the same vocabulary, in their order."""
+        manifest = _read_manifest(folder)
+        with open(folder / TOKENS, "rb") as tokens:
+            shutil.copyfileobj(tokens, self._file, 1 << 20)
+        self.rows.frombytes(np.load(folder / DOCUMENTS).astype(np.int64).tobytes())
+        for table in self._tables:
+            for name, counts in manifest[table].items():
+                self._count(table, name, **counts)
+
+    def _count(self, table: str, name: str, **amounts: int) -> None:
+        counts = self._tables[table].setdefault(name, dict(documents=0, tokens=0, bytes=0))
+        for field, amount in amounts.items():
+            counts[field] += amount
+
+    def finish(self, **manifest) -> int:
+        """Write documents and manifest, with these fields; the store is whole after this. Returns its documents."""
+        self._file.close()
+        rows = np.array(self.rows, dtype=np.int64).reshape(-1, 2)
+        np.save(self.folder / DOCUMENTS, rows)
+        tokens, size = rows.sum(axis=0).tolist()
+        manifest = dict(format=FORMAT, bos_id=self.bos_id, eos_id=self.eos_id, vocab_size=self.vocab_size) | manifest
+        manifest |= dict(dtype=self.dtype.str, documents=len(rows), tokens=tokens, bytes=size, **self._tables)
+        manifest["files"] = {name: dict(bytes=(self.folder / name).stat().st_size, sha256=sha256(self.folder / name))
+                             for name in (TOKENS, DOCUMENTS)}
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+        return len(rows)
 
 
 def _content_key(documents: Sequence[Document], identity: dict) -> str:
@@ -132,17 +186,6 @@ def _checked(ids: list[int], vocab_size: int) -> np.ndarray:
         wrong = row.min() if row.min() < 0 else row.max()
         raise DataError(f"token id {wrong} lies outside the vocabulary of {vocab_size}; use the model's own tokenizer")
     return row
-
-
-def _tables(documents: Sequence[Document], lengths: list[int], byte_lengths: list[int]) -> dict:
-    """Documents, tokens and bytes: in all, by source and by licence."""
-    tables: dict = dict(documents=len(documents), tokens=sum(lengths), bytes=sum(byte_lengths), sources={}, licences={})
-    for document, tokens, size in zip(documents, lengths, byte_lengths, strict=True):
-        for table, name in ((tables["sources"], document.source), (tables["licences"], document.licence)):
-            counts = table.setdefault(name, dict(documents=0, tokens=0, bytes=0))
-            for field, amount in (("documents", 1), ("tokens", tokens), ("bytes", size)):
-                counts[field] += amount
-    return tables
 
 
 def _read_manifest(folder: Path) -> dict:

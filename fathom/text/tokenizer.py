@@ -179,6 +179,15 @@ class Tokenizer:
             raise InputError(f"token id {id} is outside the vocabulary of {self.vocab_size} tokens")
         return token
 
+    def merges(self) -> dict[int, tuple[int, int]]:
+        """Every merged token's id with the ids of the two tokens that BPE makes it from."""
+        model = json.loads(self._library.to_str())["model"]
+        vocabulary, pairs = model["vocab"], {}
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            pairs.setdefault(vocabulary[left + right], (vocabulary[left], vocabulary[right]))
+        return pairs
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the tokenizer's JSON: equal for equal tokenizers, wherever they were loaded from."""

@@ -13,6 +13,7 @@ from fathom.accounting import parameters
 from fathom.config import PRESETS, ModelConfig
 from fathom.data.corpora import read_documents, split_held_out
 from fathom.data.packing import PackedData
+from fathom.data.prepared import adopt
 from fathom.data.store import TokenStore, build_store
 from fathom.errors import RecipeError
 from fathom.evals.perplexity import bits_per_byte, held_out_batches, token_byte_lengths
@@ -27,17 +28,22 @@ from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, r
 
 @dataclass(frozen=True)
 class Data:
-    """What to train on; relative sources start at the recipe's folder. `tokenizer`: "train", "official" or a folder."""
+    """What to train on: a corpus of `fathom data prepare`, or, for small ones, sources that are read at once.
 
-    sources: tuple[str, ...]
+    Relative sources start at the recipe's folder, `prepared` where the command runs. `tokenizer`, of sources: "train",
+    "official" or a folder.
+    """
+
+    sources: tuple[str, ...] = ()
+    prepared: str | None = None
     tokenizer: str = "train"
     held_out: float = 0.05
     piece_bytes: int = 8192
     validation_tokens: int = 32768
 
     def __post_init__(self):
-        if not self.sources:
-            raise RecipeError("sources is empty; name at least one file, folder or package:NAME")
+        if bool(self.sources) == bool(self.prepared):
+            raise RecipeError("give either sources (at least one file, folder or package:NAME) or prepared, a corpus's folder")
         if not 0 < self.held_out < 1:
             raise RecipeError(f"held_out is {self.held_out}; allowed: above 0, below 1")
         if self.piece_bytes < 1 or self.validation_tokens < 1:
@@ -122,6 +128,9 @@ def _config(model: str, root: Path) -> ModelConfig:
 
 
 def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> Corpus:
+    if data.prepared:
+        adopt(Path(data.prepared), run)
+        return Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part) for part in ("train", "held_out")))
     console.print(f"reading {', '.join(data.sources)}", soft_wrap=True)
     train, held_out = split_held_out(read_documents(data.sources, root), data.held_out, data.piece_bytes)
     if data.tokenizer == "train":

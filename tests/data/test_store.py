@@ -132,6 +132,9 @@ class FullDisk:
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
         self.file.close()
 
     def write(self, content):
