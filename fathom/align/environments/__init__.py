@@ -1,0 +1,1 @@
+"""Environments with verifiable rewards: mathematics, code, tool use, instruction following."""
