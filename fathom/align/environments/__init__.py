@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
+from fathom.align.environments.agent import AgentEnvironment
 from fathom.align.environments.base import Environment
 from fathom.align.environments.code import CodeEnvironment
+from fathom.align.environments.instructions import InstructionsEnvironment
 from fathom.align.environments.math import MathEnvironment
 from fathom.errors import InputError
 
-ENVIRONMENTS: dict[str, Callable[[], Environment]] = {"math": MathEnvironment, "code": CodeEnvironment}
+ENVIRONMENTS: dict[str, Callable[[], Environment]] = {
+    "math": MathEnvironment, "code": CodeEnvironment, "agent": AgentEnvironment, "instructions": InstructionsEnvironment}
 
 
 def environment(name: str) -> Environment:
