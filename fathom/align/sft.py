@@ -31,14 +31,16 @@ from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, r
 HELD_OUT_QUESTIONS = 200
 VALIDATION_ROWS = 16
 
+Conversation = tuple[list[dict], str, str | None]  # messages, thinking mode, reasoning effort
+
 
 @dataclass(frozen=True)
 class Sft:
     """A fine-tuning run from `base`, a model or run folder, on conversations.
 
-    `messages`: a JSONL file whose rows hold "messages" (OpenAI style) and optionally "thinking_mode"; `questions`: so many
-    generated questions with checked answers, a share of them with reasoning. At least one of the two. `minutes`: as in
-    pre-training.
+    `messages`: a JSONL file whose rows hold "messages" (OpenAI style) and optionally "thinking_mode" and "reasoning_effort"
+    ("high" or "max"); `questions`: so many generated questions with checked answers, a share of them with reasoning. At least
+    one of the two. `minutes`: as in pre-training.
     """
 
     run: str
@@ -116,8 +118,8 @@ def _stage(recipe: Sft, model: Transformer, data: SftData) -> Stage:
         validate=(lambda: bits_per_byte(model, data.validation, data.byte_lengths_V)) if data.validation else None)
 
 
-def conversations(recipe: Sft, root: Path, held_out: bool) -> list[tuple[list[dict], str]]:
-    """All conversations of a recipe with their thinking modes; the held-out ones are generated questions only."""
+def conversations(recipe: Sft, root: Path, held_out: bool) -> list[Conversation]:
+    """All conversations of a recipe with their thinking modes and efforts; the held-out ones are generated questions only."""
     rows = []
     if recipe.messages is not None and not held_out:
         rows += _read_messages(root / recipe.messages)
@@ -126,30 +128,30 @@ def conversations(recipe: Sft, root: Path, held_out: bool) -> list[tuple[list[di
         count = HELD_OUT_QUESTIONS if held_out else recipe.questions
         for pair in make_pairs(count, recipe.seed, held_out):
             thinking = rng.random() < recipe.thinking_share
-            rows.append((to_messages(pair, thinking), "thinking" if thinking else "chat"))
+            rows.append((to_messages(pair, thinking), "thinking" if thinking else "chat", None))
     return rows
 
 
-def examples(messages: list[dict], mode: str, tokenizer: Tokenizer) -> list[Example]:
+def examples(messages: list[dict], mode: str, tokenizer: Tokenizer, effort: str | None = None) -> list[Example]:
     """One example for each assistant turn: everything before it is read, the turn itself is learned."""
     out = []
     for turn, message in enumerate(messages):
         if message.get("role") == "assistant":
-            prompt = chat.tokenize(messages[:turn], tokenizer, mode)
-            whole = chat.tokenize(messages[:turn + 1], tokenizer, mode)
+            prompt = chat.tokenize(messages[:turn], tokenizer, mode, effort)
+            whole = chat.tokenize(messages[:turn + 1], tokenizer, mode, effort)
             out.append(masked_example([(prompt, False), (whole[len(prompt):], True)]))
     return out
 
 
-def _pack(rows: list[tuple[list[dict], str]], tokenizer: Tokenizer, length: int, seed: int) -> PackedData:
-    learned = [example for messages, mode in rows for example in examples(messages, mode, tokenizer)]
+def _pack(rows: list[Conversation], tokenizer: Tokenizer, length: int, seed: int) -> PackedData:
+    learned = [example for messages, mode, effort in rows for example in examples(messages, mode, tokenizer, effort)]
     return pack_examples(learned, length, seed, tokenizer.pad_id)
 
 
-def _read_messages(path: Path) -> list[tuple[list[dict], str]]:
+def _read_messages(path: Path) -> list[Conversation]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [(row["messages"], row.get("thinking_mode", "chat")) for row in rows]
+        return [(row["messages"], row.get("thinking_mode", "chat"), row.get("reasoning_effort")) for row in rows]
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
