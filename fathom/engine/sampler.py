@@ -142,7 +142,7 @@ def _draw(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[int]:
     settings = [sampler.sampling for sampler in samplers]
     probability_BV = (logits_BV / torch.tensor([each.temperature for each in settings])[:, None]).softmax(-1)
     if any(each.filters for each in settings):
-        probability_BV = torch.stack([_filtered(row_V, each) if each.filters else row_V
+        probability_BV = torch.stack([filtered(row_V, each) if each.filters else row_V
                                       for row_V, each in zip(probability_BV, settings, strict=True)])
     reached_BV = probability_BV.double().cumsum(-1)
     aim_B1 = torch.tensor([sampler.uniform() for sampler in samplers], dtype=torch.float64)[:, None] * reached_BV[:, -1:]
@@ -150,8 +150,8 @@ def _draw(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[int]:
     return token_B1.squeeze(1).clamp(max=logits_BV.shape[1] - 1).tolist()
 
 
-def _filtered(probability_V: Tensor, sampling: Sampling) -> Tensor:
-    """Only top-k, of those the nucleus, of those what min-p keeps; not normalised."""
+def filtered(probability_V: Tensor, sampling: Sampling) -> Tensor:
+    """Of probabilities [V] only top-k, of those the nucleus, of those what min-p keeps; the others 0, not normalised."""
     if 0 < sampling.top_k < len(probability_V):
         kept = probability_V.topk(sampling.top_k)
         probability_V = torch.zeros_like(probability_V).scatter(0, kept.indices, kept.values)
