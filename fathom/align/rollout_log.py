@@ -20,7 +20,7 @@ class RolloutLog:
     """
 
     def __init__(self, path: Path, head: dict[str, Any]):
-        self.path = path
+        self.path, self.head = path, head
         self.found: list[list] = []
         lines, size = _read(path)
         if lines and lines[0] == ["head", head]:

@@ -93,10 +93,9 @@ def save_round(run: Path, number: int, head: dict[str, Any], batches: Sequence[S
         (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def load_round(run: Path, number: int, head: dict[str, Any] | None) -> list[SampleBatch] | None:
-    """A stored round; None where there is none, or one with another `head`. None as `head` takes any.
-
-    CheckpointError for one that is damaged.
+def find_round(run: Path, number: int, head: dict[str, Any] | None) -> list[dict[str, float]] | None:
+    """The metrics of a stored round's batches, its files checked; None where there is none, or one with another `head`. None as
+    `head` takes any. CheckpointError for one that is damaged.
     """
     folder = _folder(run, number)
     if not folder.is_dir():
@@ -107,13 +106,14 @@ def load_round(run: Path, number: int, head: dict[str, Any] | None) -> list[Samp
             raise ValueError("its checksum is another")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); delete it, and the checkpoints made after its first update") from None
-    if head is not None and manifest["head"] != head:
-        return None
-    tensors = read_tensors(folder / "batches.safetensors")
-    return [SampleBatch(*(tensors[f"{part}.{name}"] for name in _BATCH),
-                        {name.removeprefix(f"{part}.numbers."): tensor for name, tensor in tensors.items()
-                         if name.startswith(f"{part}.numbers.")}, metrics)
-            for part, metrics in enumerate(manifest["metrics"])]
+    return manifest["metrics"] if head in (None, manifest["head"]) else None
+
+
+def load_batch(run: Path, number: int, part: int, metrics: dict[str, float]) -> SampleBatch:
+    """One batch of a stored round; the others stay on disk."""
+    tensors = read_tensors(_folder(run, number) / "batches.safetensors", f"{part}.")
+    numbers = {name.removeprefix("numbers."): tensor for name, tensor in tensors.items() if name.startswith("numbers.")}
+    return SampleBatch(*(tensors[name] for name in _BATCH), numbers, metrics)
 
 
 def prune_rounds(run: Path, updates: int) -> None:
@@ -139,18 +139,19 @@ class Rounds:
     def __init__(self, run: Path, model: Transformer, updates: int, head: dict[str, Any],
                  make: Callable[[int, RolloutLog], list[SampleBatch]]):
         self.run, self.model, self.updates, self.head, self.make = run, model, updates, head, make
-        self._number, self._batches = -1, []
+        self._number, self._metrics = -1, []
 
     def batch(self, step: int) -> SampleBatch:
         """The batch of an update, counted over all rounds."""
         number, part = divmod(step, self.updates)
         if number != self._number:
-            self._batches, self._number = self._round(number, part), number
-        return self._batches[part]
+            self._metrics, self._number = self._round(number, part), number
+        return load_batch(self.run, number, part, self._metrics[part])
 
-    def _round(self, number: int, part: int) -> list[SampleBatch]:
+    def _round(self, number: int, part: int) -> list[dict[str, float]]:
+        """The metrics of a round's batches, which are on disk then."""
         head = self.head | {"round": number, "weights": weights_fingerprint(self.model)} if part == 0 else None
-        found = load_round(self.run, number, head)
+        found = find_round(self.run, number, head)
         if found is not None:
             return found
         if head is None:
@@ -160,4 +161,4 @@ class Rounds:
         batches = self.make(number, log)
         log.seal()
         save_round(self.run, number, head, batches)
-        return batches
+        return [batch.metrics for batch in batches]

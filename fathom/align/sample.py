@@ -169,3 +169,11 @@ def pack_samples(samples: Sequence[Sample], row_tokens: int, pad_id: int) -> Sam
                "weight_U": torch.tensor([sample.weight for sample in samples]),
                "teacher_U": torch.tensor([sample.teacher for sample in samples])}
     return SampleBatch(*arrays[:3], sample_N, numbers)
+
+
+def join_batches(batches: Sequence[SampleBatch]) -> SampleBatch:
+    """Batches with rows of one length below each other, samples and numbers of targets and samples in the same order."""
+    before = np.cumsum([0, *(len(batch.numbers["weight_U"]) for batch in batches)])[:-1]
+    return SampleBatch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens_BS", "targets_BS", "positions_BS")),
+                       torch.cat([batch.sample_N + int(first) for batch, first in zip(batches, before, strict=True)]),
+                       {name: torch.cat([batch.numbers[name] for batch in batches]) for name in batches[0].numbers})
