@@ -118,6 +118,10 @@ class Environment(ABC):
     def score(self, task: Task, turns: list[dict]) -> Score:
         """The verdict on an episode; never raises, whatever the model wrote."""
 
+    def scores(self, episodes: list[tuple[Task, list[dict]]]) -> list[Score]:
+        """`score` for many episodes, where that is faster than one by one."""
+        return [self.score(task, turns) for task, turns in episodes]
+
     @abstractmethod
     def demonstration(self, task: Task, effort: str) -> list[dict]:
         """Turns that score 1: a worked right answer, with `reasoning_content` for "high" and "max", without for "chat"."""

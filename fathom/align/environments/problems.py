@@ -1,0 +1,151 @@
+"""Generators of small mathematical problems, each with its worked solution in two lengths.
+
+A problem of any level keeps to small numbers and few words, so that a model of some million parameters can learn it; what
+grows with the level is the number of steps. Knows no messages and no scoring.
+"""
+
+import operator
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd, lcm
+
+LIMIT = 99  # of every value on the way, except in column sums and fractions
+SYMBOLS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+NAMES = "Tom Ann Ben Eva Max Mia Sam Zoe".split()
+THINGS = "apples books cards coins eggs pens stones stars".split()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, the reasoning of efforts "high" and "max", and the answer."""
+
+    question: str
+    high: str
+    max: str
+    answer: str
+
+
+Step = tuple[int, str, int]  # a value, an operation, a number: 12 + 7
+
+
+def result(step: Step) -> int:
+    """The value after a step."""
+    a, symbol, b = step
+    return SYMBOLS[symbol](a, b)
+
+
+def spelled(step: Step) -> str:
+    """A step in one line: "12 + 7 = 19." """
+    a, symbol, b = step
+    return f"{a} {symbol} {b} = {result(step)}."
+
+
+def parts(step: Step) -> str:
+    """A step by tens and ones: "27 + 15: 7 + 5 = 12, 20 + 10 = 30, 30 + 12 = 42." """
+    a, symbol, b = step
+    tens_a, ones_a, tens_b, ones_b = a // 10 * 10, a % 10, b // 10 * 10, b % 10
+    if symbol == "+" and tens_a + tens_b and ones_a and ones_b:
+        ones = ones_a + ones_b
+        tens = f"{tens_a} + {tens_b} = {tens_a + tens_b}, " if tens_a and tens_b else ""
+        lines = f"{ones_a} + {ones_b} = {ones}, {tens}{tens_a + tens_b} + {ones} = {a + b}"
+    elif symbol == "-" and tens_b and ones_b:
+        lines = f"{a} - {tens_b} = {a - tens_b}, {a - tens_b} - {ones_b} = {a - b}"
+    elif symbol == "*" and tens_a and ones_a:
+        lines = f"{tens_a} * {b} = {tens_a * b}, {ones_a} * {b} = {ones_a * b}, {tens_a * b} + {ones_a * b} = {a * b}"
+    else:
+        return spelled(step)
+    return f"{a} {symbol} {b}: {lines}."
+
+
+def worked(question: str, steps: list[Step], answer: int) -> Problem:
+    """A problem whose solution is a list of steps; the long form goes through each by tens and ones, then checks."""
+    high = " ".join(map(spelled, steps))
+    checked = ", ".join(str(result(step)) for step in steps)
+    return Problem(question, high, f"{' '.join(map(parts, steps))} Check: {checked}.", str(answer))
+
+
+def random_steps(rng: random.Random, value: int, count: int) -> Iterator[Step]:
+    """A chain of steps from a value, every result from 0 to LIMIT."""
+    for _ in range(count):
+        choices = [(value, "+", rng.randint(2, 29)), (value, "-", rng.randint(2, 29)), (value, "*", rng.randint(2, 4))]
+        step = rng.choice([step for step in choices if 0 <= result(step) <= LIMIT])
+        yield step
+        value = result(step)
+
+
+def chain(rng: random.Random, level: int) -> Problem:
+    """ "Start with 12. Add 7. Take away 5. What is the result?": one step more than the level."""
+    steps = list(random_steps(rng, rng.randint(2, 30), level + 1))
+    words = {"+": "Add {}.", "-": "Take away {}.", "*": "Multiply by {}."}
+    told = " ".join(words[symbol].format(b) for _, symbol, b in steps)
+    return worked(f"Start with {steps[0][0]}. {told} What is the result?", steps, result(steps[-1]))
+
+
+def expression(rng: random.Random, level: int) -> Problem:
+    """ "What is (12 + 7) * 2 - 5?": brackets wherever the order of operations would say otherwise."""
+    steps = list(random_steps(rng, rng.randint(2, 30), level + 1))
+    text, is_sum = str(steps[0][0]), False
+    for _, symbol, b in steps:
+        text = f"({text}) {symbol} {b}" if symbol == "*" and is_sum else f"{text} {symbol} {b}"
+        is_sum = symbol != "*"
+    return worked(f"What is {text}?", steps, result(steps[-1]))
+
+
+def story(rng: random.Random, level: int) -> Problem:
+    """Who has how many: steps that concern one person, among some that concern another."""
+    (who, other), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
+    start, spare = rng.randint(2, 30), rng.randint(2, 30)
+    words = {"+": ("finds {} more", "buys {} more", "gets {} more"), "-": ("gives away {}", "loses {}", "sells {}"),
+             "*": ("then has {} times as many",)}
+    steps = list(random_steps(rng, start, level + 1))
+    told = [f"{who} {rng.choice(words[symbol]).format(b)}." for _, symbol, b in steps]
+    for _ in range(level - 1):
+        told.insert(rng.randint(0, len(told)), f"{other} {rng.choice(words['+']).format(rng.randint(2, 9))}.")
+    question = f"{who} has {start} {thing}. {other} has {spare}. {' '.join(told)} How many {thing} does {who} have?"
+    return worked(question, steps, result(steps[-1]))
+
+
+def column(rng: random.Random, level: int) -> Problem:
+    """The sum of two numbers written as digits with blanks between them, one digit more than the level."""
+    size = level + 1
+    a, b = (rng.randint(10 ** (size - 1), 10**size - 1) for _ in range(2))
+    high, longer, carry, written = [], [], 0, ""
+    for left, right in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        total = int(left) + int(right) + carry
+        added = f"{left} + {right} + {carry} = {total}"
+        high.append(f"{added}.")
+        longer.append(f"{left} + {right} = {int(left) + int(right)}, {added}, write {total % 10}, carry {total // 10}.")
+        carry, written = total // 10, f"{total % 10} {written}".strip()
+    answer = " ".join(str(a + b))
+    question = f"Add {' '.join(str(a))} and {' '.join(str(b))}. Write the digits of the sum."
+    return Problem(question, " ".join(high), f"{' '.join(longer)} Last carry {carry}. Sum {answer}.", answer)
+
+
+def fraction(rng: random.Random, level: int) -> Problem:
+    """A sum or difference of fractions, as many as the level less one: level 3 has two of them."""
+    denominators = (2, 3, 4, 5, 6, 8) if level < 5 else (2, 3, 4, 5, 6, 8, 10, 12)
+    terms = [Fraction(rng.randint(1, size - 1), size) for size in (rng.choice(denominators) for _ in range(level - 1))]
+    signs = [1] + [rng.choice((1, -1)) for _ in terms[1:]]
+    total = sum((sign * term for sign, term in zip(signs, terms, strict=True)), Fraction())
+    common = lcm(*(term.denominator for term in terms))
+    tops = [term.numerator * common // term.denominator for term in terms]
+    top = sum(sign * value for sign, value in zip(signs, tops, strict=True))
+    wide = " ".join(f"{term} = {value}/{common}." for term, value in zip(terms, tops, strict=True))
+    summed = f"{joined(signs, tops)} = {top}."
+    divisor = gcd(top, common)
+    reduced = f"Divide {top} and {common} by {divisor}. " if divisor > 1 else ""
+    question = f"What is {joined(signs, terms)}?"
+    return Problem(question, f"{wide} {summed} {top}/{common} = {total}.",
+                   f"Common denominator {common}. {wide} {summed} {reduced}{top}/{common} = {total}.", str(total))
+
+
+def joined(signs: list[int], terms: list) -> str:
+    """ "1/2 + 1/3 - 1/4". """
+    return str(terms[0]) + "".join(f" {'+' if sign > 0 else '-'} {term}" for sign, term in zip(signs[1:], terms[1:], strict=True))
+
+
+KINDS: dict[str, Callable[[random.Random, int], Problem]] = {
+    "chain": chain, "expression": expression, "story": story, "column": column, "fraction": fraction}
+FIRST_LEVEL = {"fraction": 3}
