@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fathom.align.domains import domains
+from fathom.align.domains import Domains
 from fathom.align.environments.base import EFFORTS, SEEDS, Environment
 from fathom.align.rollout import Draw, environments_named, new_engine, new_rollouts, play
 from fathom.align.sample import Mode, Rollout
@@ -74,7 +74,7 @@ def score_command(path: Path, names: str, tasks: int, modes: str, levels: str, b
     for effort in efforts:
         if effort not in EFFORTS:
             raise InputError(f"mode is {effort!r}; allowed: {', '.join(EFFORTS)}")
-    rows = score(path, names.split(","), domains(), tasks, [Mode(effort, max_tokens) for effort in efforts], _numbers(levels, "levels"),
+    rows = score(path, names.split(","), Domains(), tasks, [Mode(effort, max_tokens) for effort in efforts], _numbers(levels, "levels"),
                  [None, *_numbers(budgets, "budgets")], Draw(temperature), seed)
     if out is not None:
         write_text(out, json.dumps(rows, indent=2) + "\n")

@@ -15,12 +15,12 @@ def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = F
     """Fine-tune a model on conversations. Ctrl-C saves and stops; --resume continues the same curve."""
     from rich.console import Console
 
-    from fathom.align.domains import domains
+    from fathom.align.domains import Domains
     from fathom.align.sft import Sft, fine_tune
     from fathom.recipe import load
 
     console = Console()
-    run = fine_tune(load(Sft, recipe, set_ or []), recipe.parent, resume, console, domains())
+    run = fine_tune(load(Sft, recipe, set_ or []), recipe.parent, resume, console, Domains())
     console.print(f"done: {run}  (talk to it: fathom chat {run})", soft_wrap=True)
 
 
@@ -29,12 +29,12 @@ def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = 
     """Reinforce a model on tasks whose answers a program checks. Ctrl-C saves and stops; --resume continues, even inside a round."""
     from rich.console import Console
 
-    from fathom.align.domains import domains
+    from fathom.align.domains import Domains
     from fathom.align.grpo import Grpo, reinforce
     from fathom.recipe import load
 
     console = Console()
-    run = reinforce(load(Grpo, recipe, set_ or []), domains(), resume, console)
+    run = reinforce(load(Grpo, recipe, set_ or []), Domains(), resume, console)
     console.print(f"done: {run}  (measure it: fathom score {run} --environment math)", soft_wrap=True)
 
 
@@ -45,11 +45,11 @@ def distill(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption
 
     from fathom.align.distill import Distill
     from fathom.align.distill import distill as run_distillation
-    from fathom.align.domains import domains
+    from fathom.align.domains import Domains
     from fathom.recipe import load
 
     console = Console()
-    run = run_distillation(load(Distill, recipe, set_ or []), domains(), resume, console)
+    run = run_distillation(load(Distill, recipe, set_ or []), Domains(), resume, console)
     console.print(f"done: {run}  (talk to it: fathom chat {run})", soft_wrap=True)
 
 
@@ -77,3 +77,18 @@ def score(path: Annotated[Path, typer.Argument(metavar="PATH", help="A model fol
     from fathom.align.scores import score_command
 
     score_command(path, environment, tasks, mode, levels, budgets, max_tokens, temperature, seed, out)
+
+
+@align.command(epilog="Example:  fathom pipeline recipes/pipeline/pipeline.toml   (stopped, the same command goes on)")
+def pipeline(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Base, specialists, one student, comparisons, scores and a report, two stages at a time. The same command goes on after a stop."""
+    from rich.console import Console
+
+    from fathom.align.domains import Domains
+    from fathom.align.pipeline import Pipeline, run_pipeline
+    from fathom.align.pipeline_report import write_report
+    from fathom.recipe import load
+
+    console = Console()
+    page = run_pipeline(load(Pipeline, recipe, set_ or []), recipe.parent, Domains(), write_report, console)
+    console.print(f"done: {page}", soft_wrap=True)
