@@ -1,17 +1,21 @@
 """Supervised fine-tuning: a base model learns to answer in the chat format (report 5.1.1).
 
-Only the assistant's tokens are learned; every assistant turn of a conversation is an example, encoded exactly as the
-model will meet it when it is asked.
+Only the assistant's tokens are learned, every turn encoded exactly as the model will meet it when it is asked: turns that only add
+to what was read before share an example, others (reasoning of earlier turns is dropped) get one of their own.
 """
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from torch import Tensor
 
+from fathom.align.environments.base import EFFORTS, SEEDS, Environment
+from fathom.align.rollout import environments_named
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
 from fathom.data.packing import Batch, PackedData
@@ -20,6 +24,7 @@ from fathom.data.transforms import Example, masked_example, pack_examples
 from fathom.errors import DataError, RecipeError
 from fathom.evals.perplexity import bits_per_byte, token_byte_lengths
 from fathom.model.transformer import Transformer
+from fathom.optim.lora import Lora, LoraOptimizer
 from fathom.optim.muon import AdamW, Muon, Optimizer
 from fathom.optim.schedules import Schedule
 from fathom.text import chat
@@ -31,16 +36,38 @@ from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, r
 HELD_OUT_QUESTIONS = 200
 VALIDATION_ROWS = 16
 
-Conversation = tuple[list[dict], str, str | None]  # messages, thinking mode, reasoning effort
+
+class Conversation(NamedTuple):
+    """Messages, and how the assistant reasons in them: a thinking mode and an effort as `chat.encode` takes them."""
+
+    messages: list[dict]
+    mode: str
+    effort: str | None = None
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """`count` worked tasks of each environment, levels and efforts in equal parts."""
+
+    environments: tuple[str, ...]
+    count: int = 1000
+    levels: tuple[int, ...] = (1,)
+    efforts: tuple[str, ...] = ("chat", "high")
+
+    def __post_init__(self):
+        wrong = [effort for effort in self.efforts if effort not in EFFORTS]
+        if self.count < 1 or not self.levels or not self.efforts or wrong:
+            raise RecipeError(f"demonstrations: count is {self.count}, levels {list(self.levels)}, efforts {list(self.efforts)}; allowed: at "
+                              f"least 1, one or more, one or more of {', '.join(EFFORTS)}")
 
 
 @dataclass(frozen=True)
 class Sft:
     """A fine-tuning run from `base`, a model or run folder, on conversations.
 
-    `messages`: a JSONL file whose rows hold "messages" (OpenAI style) and optionally "thinking_mode" and "reasoning_effort"
-    ("high" or "max"); `questions`: so many generated questions with checked answers, a share of them with reasoning. At least
-    one of the two. `minutes`: as in pre-training.
+    `messages`: a JSONL file whose rows hold "messages" (OpenAI style) and optionally "thinking_mode" and "reasoning_effort"; `questions`:
+    so many generated questions with checked answers, a share of them with reasoning; `demonstrations`: of environments. At least
+    one of them. `tune`: all weights, those of the routed experts, or low-rank additions (`lora`). `minutes`: as in pre-training.
     """
 
     run: str
@@ -49,16 +76,21 @@ class Sft:
     messages: str | None = None
     questions: int = 0
     thinking_share: float = 0.5
+    demonstrations: Demonstrations | None = None
+    tune: Literal["all", "experts", "lora"] = "all"
     minutes: float | None = None
     seed: int = 0
     losses: LossWeights = field(default_factory=LossWeights)
     muon: Muon = field(default_factory=Muon)
     adamw: AdamW = field(default_factory=AdamW)
+    lora: Lora = field(default_factory=Lora)
     loop: Loop = field(default_factory=Loop)
 
     def __post_init__(self):
-        if self.messages is None and self.questions < 1:
-            raise RecipeError("there is nothing to learn: give messages, a JSONL file, or a number of questions")
+        if self.messages is None and self.questions < 1 and self.demonstrations is None:
+            raise RecipeError("there is nothing to learn: give messages, a JSONL file, a number of questions, or demonstrations")
+        if self.minutes is not None and self.tune == "lora":
+            raise RecipeError("minutes are measured for tune all and experts only; give schedule.steps")
         if self.minutes is not None and self.minutes <= 0:
             raise RecipeError(f"minutes is {self.minutes}; allowed: above 0")
         if not 0 <= self.thinking_share <= 1:
@@ -67,7 +99,7 @@ class Sft:
             raise RecipeError(f"schedule.lengths is {list(self.schedule.lengths)}; fine-tuning takes one length")
 
 
-def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console) -> Path:
+def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console, known: Mapping[str, Environment]) -> Path:
     """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
     run, state = Path(recipe.run), None
     if resume:
@@ -80,12 +112,12 @@ def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console) -> Path:
         start_run(run, recipe)
         (run / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(run / "tokenizer")
-    data = _data(recipe, root, tokenizer, model.config.vocab_size)
+    data = _data(recipe, root, tokenizer, model.config.vocab_size, known)
     console.print(f"{data.conversations:,} conversations in {data.train.rows_in_epoch(0):,} rows of "
                   f"{data.train.sequence_length} tokens, {data.train.efficiency:.1%} full", soft_wrap=True)
     if recipe.minutes and not resume:
         recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, data), console)
-    optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
+    optimizer = restored(_optimizer(recipe, model), state)
     run_stage(run, model, tokenizer, optimizer, _stage(recipe, model, data), recipe.schedule.steps,
               state.step if state else 0, recipe.loop, console)
     return run
@@ -101,8 +133,19 @@ class SftData:
     byte_lengths_V: Tensor
 
 
-def _data(recipe: Sft, root: Path, tokenizer: Tokenizer, vocab_size: int) -> SftData:
-    train, held_out = (conversations(recipe, root, part) for part in (False, True))
+def _optimizer(recipe: Sft, model: Transformer) -> Optimizer | LoraOptimizer:
+    """An optimiser of what is tuned; the rest is frozen."""
+    if recipe.tune == "lora":
+        base = load_model(find_model(recipe.base))
+        return LoraOptimizer(model, dict(base.named_parameters()), recipe.lora, recipe.adamw, recipe.seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(recipe.tune == "all" or ".experts." in name)
+    tuned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return Optimizer(tuned, model.config, recipe.muon, recipe.adamw)
+
+
+def _data(recipe: Sft, root: Path, tokenizer: Tokenizer, vocab_size: int, known: Mapping[str, Environment]) -> SftData:
+    train, held_out = (conversations(recipe, root, part, known) for part in (False, True))
     length = recipe.schedule.lengths[0]
     validation = [_pack(held_out, tokenizer, length, 0).batch(0, VALIDATION_ROWS)] if held_out else []
     return SftData(len(train), _pack(train, tokenizer, length, recipe.seed), validation,
@@ -114,12 +157,13 @@ def _stage(recipe: Sft, model: Transformer, data: SftData) -> Stage:
     return Stage(
         batch=lambda step: data.train.rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), "sparse"),
-        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at,
+        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at if recipe.tune == "all" else lambda step: 0.0,
+        quantised=schedule.quantised_at,
         validate=(lambda: bits_per_byte(model, data.validation, data.byte_lengths_V)) if data.validation else None)
 
 
-def conversations(recipe: Sft, root: Path, held_out: bool) -> list[Conversation]:
-    """All conversations of a recipe with their thinking modes and efforts; the held-out ones are generated questions only."""
+def conversations(recipe: Sft, root: Path, held_out: bool, known: Mapping[str, Environment]) -> list[Conversation]:
+    """All conversations of a recipe; the held-out ones are generated questions and demonstrations only."""
     rows = []
     if recipe.messages is not None and not held_out:
         rows += _read_messages(root / recipe.messages)
@@ -128,30 +172,52 @@ def conversations(recipe: Sft, root: Path, held_out: bool) -> list[Conversation]
         count = HELD_OUT_QUESTIONS if held_out else recipe.questions
         for pair in make_pairs(count, recipe.seed, held_out):
             thinking = rng.random() < recipe.thinking_share
-            rows.append((to_messages(pair, thinking), "thinking" if thinking else "chat", None))
+            rows.append(Conversation(to_messages(pair, thinking), "thinking" if thinking else "chat"))
+    if recipe.demonstrations is not None:
+        rows += _demonstrations(recipe.demonstrations, recipe.seed, held_out, known)
     return rows
 
 
 def examples(messages: list[dict], mode: str, tokenizer: Tokenizer, effort: str | None = None) -> list[Example]:
-    """One example for each assistant turn: everything before it is read, the turn itself is learned."""
-    out = []
+    """What is read and what is learned of a conversation: every assistant turn is learned once, after exactly what is read before it."""
+    parts: list[list[tuple[list[int], bool]]] = []
+    known: list[int] = []  # the tokens of the last example
     for turn, message in enumerate(messages):
         if message.get("role") == "assistant":
             prompt = chat.tokenize(messages[:turn], tokenizer, mode, effort)
             whole = chat.tokenize(messages[:turn + 1], tokenizer, mode, effort)
-            out.append(masked_example([(prompt, False), (whole[len(prompt):], True)]))
-    return out
+            if known and prompt[:len(known)] == known:
+                parts[-1].append((prompt[len(known):], False))
+            else:
+                parts.append([(prompt, False)])
+            parts[-1].append((whole[len(prompt):], True))
+            known = whole
+    return [masked_example(segments) for segments in parts]
+
+
+def _demonstrations(wanted: Demonstrations, seed: int, held_out: bool, known: Mapping[str, Environment]) -> list[Conversation]:
+    rng, rows = random.Random(f"{seed}/{held_out}"), []
+    for name, environment in environments_named(wanted.environments, known).items():
+        levels = [level for level in wanted.levels if level in environment.levels]
+        if not levels:
+            raise RecipeError(f"demonstrations.levels is {list(wanted.levels)}; {name} has {environment.levels[0]} to {environment.levels[-1]}")
+        for number in range(min(HELD_OUT_QUESTIONS, wanted.count) if held_out else wanted.count):
+            effort = wanted.efforts[number % len(wanted.efforts)]
+            level = levels[number // len(wanted.efforts) % len(levels)]
+            task = environment.task(rng.randrange(SEEDS), "held_out" if held_out else "train", level)
+            rows.append(Conversation(task.messages + environment.demonstration(task, effort), *EFFORTS[effort]))
+    return rows
 
 
 def _pack(rows: list[Conversation], tokenizer: Tokenizer, length: int, seed: int) -> PackedData:
-    learned = [example for messages, mode, effort in rows for example in examples(messages, mode, tokenizer, effort)]
+    learned = [example for row in rows for example in examples(row.messages, row.mode, tokenizer, row.effort)]
     return pack_examples(learned, length, seed, tokenizer.pad_id)
 
 
 def _read_messages(path: Path) -> list[Conversation]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [(row["messages"], row.get("thinking_mode", "chat"), row.get("reasoning_effort")) for row in rows]
+        return [Conversation(row["messages"], row.get("thinking_mode", "chat"), row.get("reasoning_effort")) for row in rows]
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):

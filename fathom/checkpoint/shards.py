@@ -83,11 +83,11 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file; CheckpointError names a file that is damaged."""
+def read_tensors(file: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of one safetensors file whose names start with `prefix`, without it; CheckpointError names a file that is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
+            return {name.removeprefix(prefix): opened.get_tensor(name) for name in opened.keys() if name.startswith(prefix)}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
 

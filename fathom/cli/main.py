@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from fathom.cli.align import align
 from fathom.cli.bench import bench
 from fathom.cli.lab import lab
 from fathom.cli.data import data
@@ -29,6 +30,7 @@ app = typer.Typer(name="fathom", help="The open, complete DeepSeek-V4 system: tr
 app.add_typer(bench, name="bench")
 app.add_typer(lab, name="lab")
 app.add_typer(data, name="data")
+app.registered_commands += align.registered_commands
 
 
 @app.command(epilog="Example:  fathom train recipes/tiny.toml --set minutes=1 --set run=runs/first")
@@ -42,19 +44,6 @@ def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption =
     console = Console()
     run = pretrain(load(Pretrain, recipe, set_ or []), recipe.parent, resume, console)
     console.print(f"done: {run}  (talk to it: fathom generate {run} --prompt ...)", soft_wrap=True)
-
-
-@app.command(epilog="Example:  fathom sft recipes/tiny-chat.toml --set base=runs/first")
-def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
-    """Fine-tune a model on conversations. Ctrl-C saves and stops; --resume continues the same curve."""
-    from rich.console import Console
-
-    from fathom.align.sft import Sft, fine_tune
-    from fathom.recipe import load
-
-    console = Console()
-    run = fine_tune(load(Sft, recipe, set_ or []), recipe.parent, resume, console)
-    console.print(f"done: {run}  (talk to it: fathom chat {run})", soft_wrap=True)
 
 
 @app.command(epilog="Example:  fathom generate runs/tiny --prompt 'It is a truth' --max-tokens 80 --seed 1")

@@ -104,7 +104,8 @@ class Engine:
         sampling = request.sampling
         ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else {self.config.eos_token_id})
         limit = min(len(request.prompt) + sampling.max_tokens, self.max_tokens)
-        first, *twins = [Answer(self._requests, choice, request, limit, ends, self.tokenizer) for choice in range(request.choices)]
+        choices = range(request.first_choice, request.first_choice + request.choices)
+        first, *twins = [Answer(self._requests, choice, request, limit, ends, self.tokenizer) for choice in choices]
         self._open[self._requests], self._twins[self._requests] = request.choices, twins
         self._queue(first)
         return self._requests
@@ -216,7 +217,7 @@ class Engine:
 
     def _reads(self, answer: Answer) -> bool:
         """Whether it still has a prompt to read; a last token alone is read together with answers that are being written."""
-        return answer.place.missing > 1 or bool(answer.choice == 0 and self._twins.get(answer.request_id))
+        return answer.place.missing > 1 or bool(answer.choice == answer.request.first_choice and self._twins.get(answer.request_id))
 
     def _read(self, answer: Answer) -> None:
         place, chunk = answer.place, self.settings.prefill_chunk

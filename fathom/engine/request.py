@@ -17,7 +17,7 @@ class Request:
 
     `tenant` separates prefix caches: requests of different tenants never share anything. `input_end` counts the prompt's tokens up to
     the end of the user's input (before the think tag), from where a next turn can go on. `constraint` bounds what may be
-    written.
+    written. `first_choice` is the number of the first choice, which with the seed decides what is drawn.
     """
 
     prompt: tuple[int, ...]
@@ -26,10 +26,13 @@ class Request:
     tenant: str = ""
     input_end: int | None = None
     constraint: Constraint | None = None
+    first_choice: int = 0
 
     def __post_init__(self):
         if not 1 <= self.choices <= MOST_CHOICES:
             raise InputError(f"n is {self.choices}; allowed: 1 to {MOST_CHOICES}")
+        if self.first_choice < 0:
+            raise InputError(f"first_choice is {self.first_choice}; allowed: 0 or above")
         if self.input_end is not None and not 0 <= self.input_end <= len(self.prompt):
             raise InputError(f"input_end is {self.input_end}; the prompt has {len(self.prompt)} tokens")
 

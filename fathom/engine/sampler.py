@@ -20,7 +20,8 @@ class Sampling:
 
     `top_k` 0 and `min_p` 0 keep all tokens. Frequency and presence penalties are OpenAI's (over what was written), the repetition
     penalty is the CTRL paper's (over prompt and answer). `logprobs` asks for each token's log-probability and the
-    so many most likely ones. InputError names the field that is out of range.
+    so many most likely ones. `drawn` random numbers of the seed were used before: an answer that stopped after so many tokens goes on
+    as if it had not. InputError names the field that is out of range.
     """
 
     temperature: float = 1.0
@@ -37,6 +38,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    drawn: int = 0
 
     def __post_init__(self):
         for name, low, high, words in _RANGES:
@@ -76,7 +78,7 @@ class Sampling:
 
 _RANGES = (
     ("temperature", 0, 1e6, "0 (greedy) or above"), ("top_p", 0, 1, "above 0, up to 1"), ("max_tokens", 1, 2**40, "at least 1"),
-    ("top_k", 0, 2**31, "0 (all) or above"), ("min_p", 0, 1, "0 to 1"), ("frequency_penalty", -2, 2, "-2 to 2"),
+    ("drawn", 0, 2**40, "0 or above"), ("top_k", 0, 2**31, "0 (all) or above"), ("min_p", 0, 1, "0 to 1"), ("frequency_penalty", -2, 2, "-2 to 2"),
     ("presence_penalty", -2, 2, "-2 to 2"), ("repetition_penalty", 0, 10, "above 0, up to 10"))
 
 
@@ -88,6 +90,8 @@ class Sampler:
         self.written: Counter[int] = Counter()
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._random = random.Random() if sampling.seed is None else random.Random(f"{sampling.seed}/{choice}")
+        for _ in range(sampling.drawn):
+            self._random.random()
 
     def next_token(self, logits_V: Tensor, allowed_V: Tensor | None = None) -> int:
         """A token id from logits [V], of those that `allowed_V` (bool) marks; it counts as written."""
@@ -138,7 +142,7 @@ def _draw(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[int]:
     settings = [sampler.sampling for sampler in samplers]
     probability_BV = (logits_BV / torch.tensor([each.temperature for each in settings])[:, None]).softmax(-1)
     if any(each.filters for each in settings):
-        probability_BV = torch.stack([_filtered(row_V, each) if each.filters else row_V
+        probability_BV = torch.stack([filtered(row_V, each) if each.filters else row_V
                                       for row_V, each in zip(probability_BV, settings, strict=True)])
     reached_BV = probability_BV.double().cumsum(-1)
     aim_B1 = torch.tensor([sampler.uniform() for sampler in samplers], dtype=torch.float64)[:, None] * reached_BV[:, -1:]
@@ -146,8 +150,8 @@ def _draw(samplers: Sequence[Sampler], logits_BV: Tensor) -> list[int]:
     return token_B1.squeeze(1).clamp(max=logits_BV.shape[1] - 1).tolist()
 
 
-def _filtered(probability_V: Tensor, sampling: Sampling) -> Tensor:
-    """Only top-k, of those the nucleus, of those what min-p keeps; not normalised."""
+def filtered(probability_V: Tensor, sampling: Sampling) -> Tensor:
+    """Of probabilities [V] only top-k, of those the nucleus, of those what min-p keeps; the others 0, not normalised."""
     if 0 < sampling.top_k < len(probability_V):
         kept = probability_V.topk(sampling.top_k)
         probability_V = torch.zeros_like(probability_V).scatter(0, kept.indices, kept.values)

@@ -49,15 +49,23 @@ def objective(model: Transformer, batch: Batch, weights: LossWeights, mtp_weight
                   for depth, (hidden_BSW, target_BS) in enumerate(
                       zip(features.mtp_hidden, targets_DBS, strict=True))) / depths
         total, parts["mtp_loss"] = total + mtp_weight * mtp, mtp
-    balance = [seen.routing.balance for seen in features.observations if seen.routing.balance is not None]
+    auxiliary, more = auxiliary_losses(features.observations, weights)
+    parts |= more
+    return Losses(total + auxiliary, {name: float(part.detach()) for name, part in parts.items()}, features.observations)
+
+
+def auxiliary_losses(observations: list[Observation], weights: LossWeights) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """The weighted sum of the routers' balance and the indexers' divergence, and the mean of each by name."""
+    total, parts = 0.0, {}
+    balance = [seen.routing.balance for seen in observations if seen.routing.balance is not None]
     if balance:
         parts["balance_loss"] = torch.stack(balance).mean()
         total = total + weights.balance * torch.stack(balance).sum()
-    index = [seen.index_loss for seen in features.observations if seen.index_loss is not None]
+    index = [seen.index_loss for seen in observations if seen.index_loss is not None]
     if index:
         parts["indexer_loss"] = torch.stack(index).mean()
         total = total + weights.indexer * torch.stack(index).sum()
-    return Losses(total, {name: float(part.detach()) for name, part in parts.items()}, features.observations)
+    return total, parts
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def resumed_recipe(run: Path, given: Recipe) -> Recipe:
     if not (run / RECIPE).is_file():
         raise RecipeError(f"{run} holds no run to resume; leave --resume out to start one")
     stored = recipes.load(type(given), run / RECIPE)
-    if given.minutes:
+    if getattr(given, "minutes", None):
         given = dataclasses.replace(given, schedule=stored.schedule)
     old = recipes.dump(stored).splitlines()
     for line in recipes.dump(given).splitlines():

@@ -248,3 +248,22 @@ def test_a_prompt_longer_than_the_pool_is_refused(model, engine, monkeypatch):
     assert small.max_tokens == 3 * 128
     with pytest.raises(InputError, match="the model holds 384 .cache_bytes., the answer included"):
         small.add(Request((30,) * 384))
+
+
+def test_an_answer_that_stopped_goes_on_as_if_it_had_not(model, engine):
+    prompt = tuple(random_tokens(model.config, 9).tolist())
+    whole = {choice: [token for token, *_ in tokens] for choice, tokens in enumerate(_choices(made(model, engine.tokenizer), Request(
+        prompt, Sampling(seed=6, max_tokens=24, ignore_eos=True), choices=3)))}
+    for choice, done in ((1, 10), (2, 23), (0, 0)):
+        rest = Request((*prompt, *whole[choice][:done]), Sampling(seed=6, max_tokens=24 - done, ignore_eos=True, drawn=done),
+                       first_choice=choice)
+        outputs = [*made(model, engine.tokenizer).run(rest)]
+        assert {output.choice for output in outputs} == {choice}
+        assert [written.token for output in outputs for written in output.tokens] == whole[choice][done:]
+
+
+def _choices(shared, request):
+    found = [[] for _ in range(request.choices)]
+    for output in shared.run(request):
+        found[output.choice] += output.tokens
+    return found

@@ -1,0 +1,31 @@
+"""Which tasks a round asks: every combination of environment, level and mode equally often, all chance from a seed and the round."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from fathom.align.environments.base import SEEDS, Environment, Task
+from fathom.align.sample import Mode
+from fathom.errors import RecipeError
+
+Asked = tuple[Task, Mode]
+
+
+def combinations(environments: Mapping[str, Environment], levels: Sequence[int], modes: Sequence[Mode]) -> list[tuple[Environment, int, Mode]]:
+    """Environment, level and mode in every way that exists; RecipeError for an environment without any of the levels."""
+    found = [(environment, level, mode) for environment in environments.values() for level in levels if level in environment.levels
+             for mode in modes]
+    for name, environment in environments.items():
+        if not any(one is environment for one, _, _ in found):
+            raise RecipeError(f"levels is {list(levels)}; {name} has {environment.levels[0]} to {environment.levels[-1]}")
+    return found
+
+
+def choose_tasks(environments: Mapping[str, Environment], levels: Sequence[int], modes: Sequence[Mode], count: int,
+                 seed: int, number: int, split: str = "train") -> list[Asked]:
+    """`count` tasks of a round; the same arguments give the same tasks."""
+    rng = random.Random(f"{seed}/{number}")
+    ways = combinations(environments, levels, modes)
+    chosen: list[tuple[Environment, int, Mode]] = []
+    while len(chosen) < count:
+        chosen += rng.sample(ways, len(ways))
+    return [(environment.task(rng.randrange(SEEDS), split, level), mode) for environment, level, mode in chosen[:count]]

@@ -1,0 +1,232 @@
+"""GRPO: groups of answers to one prompt, rewards that a program checks, advantages within the group (report 5.1.1; DeepSeek-V3.2).
+
+A round samples `prompts` groups with the weights of its start; its `updates` learn from a part of the groups each. The steps
+are the loop's, with all it guarantees.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fathom import recipe as recipes
+from fathom.align.curriculum import choose_tasks
+from fathom.align.environments.base import Environment
+from fathom.align.losses import Policy, advantages, policy_loss, token_log_probabilities
+from fathom.align.rollout import Draw, environments_named, new_engine, new_rollouts, play
+from fathom.align.rollout_log import RolloutLog
+from fathom.align.round import Rounds, hidden_of_targets, kept_in, observe_policy
+from fathom.align.routing import replayed_routing
+from fathom.align.sample import Mode, Rollout, Sample, SampleBatch, pack_samples
+from fathom.checkpoint.released import load_model
+from fathom.checkpoint.training import find_model
+from fathom.errors import RecipeError
+from fathom.model.transformer import Transformer
+from fathom.optim.muon import AdamW, Muon, Optimizer
+from fathom.optim.schedules import Schedule
+from fathom.text.tokenizer import Tokenizer
+from fathom.train.loop import Loop, Stage, run_stage
+from fathom.train.objective import Losses, LossWeights, auxiliary_losses
+from fathom.train.qat import released_numbers
+from fathom.train.run_folder import continue_run, restored, resumed_recipe, start_run
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Learning rate and length of on-policy training, in rounds: linear warm-up, constant, cosine decay over the last ones."""
+
+    rounds: int
+    updates: int = 2  # of each round's samples, a part of them each
+    rate: float = 1e-3
+    final_rate: float = 0.0
+    warmup_rounds: int = 0
+    decay_rounds: int = 0
+
+    def __post_init__(self):
+        if self.rounds < 1 or self.updates < 1:
+            raise RecipeError(f"pace: rounds is {self.rounds} and updates {self.updates}; allowed: at least 1")
+        self.schedule()  # refuses what it cannot follow
+
+    @property
+    def steps(self) -> int:
+        """Updates in all."""
+        return self.rounds * self.updates
+
+    def schedule(self) -> Schedule:
+        """The same, in steps."""
+        return Schedule(self.steps, 1, lengths=(1,), warmup_steps=self.warmup_rounds * self.updates, peak_rate=self.rate,
+                        decay_steps=self.decay_rounds * self.updates, final_rate=self.final_rate)
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """A GRPO run from `base`, on tasks of `environments`; several of them make one mixed-reward run.
+
+    `invalid` is what a broken answer or a malformed tool call costs; `deviation_floor` the least deviation that rewards of a group are
+    divided by, so that small differences of length do not weigh like right and wrong; `quantise` samples and trains with the numbers
+    of the official-fp4 export.
+    """
+
+    run: str
+    base: str
+    environments: tuple[str, ...]
+    pace: Pace
+    levels: tuple[int, ...] = (1,)
+    modes: tuple[Mode, ...] = (Mode(),)
+    prompts: int = 16
+    group: int = 8
+    invalid: float = 0.2
+    deviation_floor: float = 0.1
+    row_tokens: int = 512
+    keep_routing: bool = True
+    quantise: bool = False
+    seed: int = 0
+    draw: Draw = field(default_factory=Draw)
+    policy: Policy = field(default_factory=Policy)
+    losses: LossWeights = field(default_factory=LossWeights)
+    muon: Muon = field(default_factory=Muon)
+    adamw: AdamW = field(default_factory=AdamW)
+    loop: Loop = field(default_factory=Loop)
+
+    def __post_init__(self):
+        if not self.environments or not self.modes or self.prompts < 1 or self.group < 2:
+            raise RecipeError(f"environments is {list(self.environments)}, prompts {self.prompts}, group {self.group} and modes has "
+                              f"{len(self.modes)}; allowed: at least one, at least 1, at least 2, at least one")
+        if self.invalid < 0 or self.deviation_floor < 0 or self.row_tokens < 1 or self.draw.temperature == 0:
+            raise RecipeError(f"invalid is {self.invalid}, deviation_floor {self.deviation_floor}, row_tokens {self.row_tokens} and "
+                              f"draw.temperature {self.draw.temperature}; allowed: from 0, from 0, at least 1, above 0")
+
+
+def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, console: Console) -> Path:
+    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
+    run, state = Path(recipe.run), None
+    if resume:
+        recipe = resumed_recipe(run, recipe)
+        model, state = continue_run(run)
+        tokenizer = Tokenizer.load(run / "tokenizer")
+    else:
+        folder = find_model(recipe.base)
+        model, tokenizer = load_model(folder), Tokenizer.load(folder)
+        start_run(run, recipe)
+        (run / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(run / "tokenizer")
+    reference = load_model(find_model(recipe.base)) if recipe.policy.kl else None
+    learner = Learner(recipe, model, tokenizer, environments_named(recipe.environments, known), reference)
+    schedule = recipe.pace.schedule()
+    optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
+    stage = Stage(batch=learner.rounds.batch, loss=learner.loss, rate=schedule.rate_at, bias_speed=lambda step: 0.0, validate=None,
+                  quantised=lambda step: recipe.quantise)
+    run_stage(run, model, tokenizer, optimizer, stage, recipe.pace.steps, state.step if state else 0, recipe.loop, console)
+    return run
+
+
+class Learner:
+    """Makes the rounds of a run, and the loss of their batches."""
+
+    def __init__(self, recipe: Grpo, model: Transformer, tokenizer: Tokenizer, environments: dict[str, Environment],
+                 reference: Transformer | None):
+        self.recipe, self.model, self.tokenizer, self.environments, self.reference = recipe, model, tokenizer, environments, reference
+        self.known = min(tokenizer.vocab_size, model.config.vocab_size)
+        self.rounds = Rounds(Path(recipe.run), model, recipe.pace.updates, {"recipe": recipe_fingerprint(recipe)}, self.make_round)
+
+    def make_round(self, number: int, log: RolloutLog) -> list[SampleBatch]:
+        """Play a round and pack it: one batch for each update."""
+        recipe, model = self.recipe, self.model
+        tasks = choose_tasks(self.environments, recipe.levels, recipe.modes, recipe.prompts, recipe.seed, number)
+        rollouts = new_rollouts(tasks, recipe.group, self.tokenizer)
+        with released_numbers(model) if recipe.quantise else nullcontext():
+            metrics = play_measured(model, self.tokenizer, rollouts, self.environments, recipe.draw, _round_seed(recipe.seed, number), log)
+            parts, skipped = samples_of(rollouts, recipe)
+            batches = [pack_samples(samples, recipe.row_tokens, self.tokenizer.pad_id) for samples in parts]
+            for batch in batches:
+                batch.numbers.update(observe_policy(model, batch, recipe.draw, self.known))
+        for batch in batches:
+            if self.reference is not None:
+                batch.numbers["reference_logs_N"] = self._reference_logs(batch)
+        metrics |= reward_metrics(rollouts, recipe.invalid) | {"skipped_groups": skipped / len(tasks)}
+        return [replace(batch, metrics=metrics) for batch in batches]
+
+    def loss(self, batch: SampleBatch, step: int) -> Losses:
+        """The loss of a batch, and numbers for the log."""
+        recipe, numbers, model = self.recipe, batch.numbers, self.model
+        keep = recipe.keep_routing and "routing" in numbers
+        with replayed_routing(model, [*numbers["routing"]]) if keep else nullcontext():
+            features = model.features(batch.tokens_BS, batch.positions_BS, [], "sparse")
+        logs_N, entropy_N = token_log_probabilities(features.hidden_BSW[batch.learned_BS], model.head.weight[:self.known],
+                                                    batch.targets_BS[batch.learned_BS], recipe.draw.temperature, kept_in(batch))
+        policy = policy_loss(logs_N, numbers["old_logs_N"], numbers.get("reference_logs_N"), numbers["advantage_U"], numbers["weight_U"],
+                             batch.sample_N, recipe.policy)
+        auxiliary, more = auxiliary_losses(features.observations, recipe.losses)
+        parts = {"loss": float(policy.total.detach()), "entropy": float(entropy_N.mean())} | policy.parts | batch.metrics
+        return Losses(policy.total + auxiliary, parts | {name: float(part.detach()) for name, part in more.items()}, features.observations)
+
+    @torch.no_grad()
+    def _reference_logs(self, batch: SampleBatch) -> torch.Tensor:
+        return token_log_probabilities(hidden_of_targets(self.reference, batch), self.reference.head.weight[:self.known],
+                                       batch.targets_BS[batch.learned_BS], self.recipe.draw.temperature, kept_in(batch))[0]
+
+
+def play_measured(model: Transformer, tokenizer: Tokenizer, rollouts: Sequence[Rollout], environments: Mapping[str, Environment],
+                  draw: Draw, seed: int, log: RolloutLog | None) -> dict[str, float]:
+    """Play rollouts with the model as it is; how long the engine took to take the weights over, and how fast it sampled."""
+    training, began = model.training, time.monotonic()
+    engine = new_engine(model, tokenizer, draw, len(rollouts))
+    synchronised = time.monotonic()
+    play(engine, rollouts, environments, draw, seed, log)
+    seconds = time.monotonic() - synchronised
+    engine.close()
+    model.train(training)
+    return {"sync_seconds": synchronised - began, "sample_seconds": seconds,
+            "sampled_tokens_per_second": engine.stats().generated_tokens / max(seconds, 1e-9)}
+
+
+def samples_of(rollouts: Sequence[Rollout], recipe: Grpo) -> tuple[list[list[Sample]], int]:
+    """The samples of each update, a group undivided, and how many groups were skipped for equal rewards.
+
+    An update for which no group is left gets one rollout of weight 0: it learns nothing.
+    """
+    rewards_PG = torch.tensor([rollout.reward(recipe.invalid) for rollout in rollouts], dtype=torch.float64).view(-1, recipe.group)
+    advantages_PG = advantages(rewards_PG, recipe.deviation_floor).float()
+    used = [group for group in range(len(rewards_PG)) if bool(advantages_PG[group].any())]
+    parts = []
+    for part in range(recipe.pace.updates):
+        groups = used[part::recipe.pace.updates]
+        chosen = [(rollouts[group * recipe.group + member], float(advantages_PG[group, member]))
+                  for group in groups for member in range(recipe.group)]
+        parts.append([Sample(rollout.tokens, rollout.written, advantage, 1 / len(chosen)) for rollout, advantage in chosen if rollout.count]
+                     or [Sample(rollout.tokens, rollout.written, 0.0, 0.0) for rollout in rollouts if rollout.count][:1])
+    return parts, len(rewards_PG) - len(used)
+
+
+def reward_metrics(rollouts: Sequence[Rollout], invalid: float) -> dict[str, float]:
+    """Means over rollouts: reward, score (also of each domain and effort), tokens, cut and invalid shares, valid tool calls."""
+    calls = sum(rollout.score.calls for rollout in rollouts)
+    metrics = {"reward": _mean([rollout.reward(invalid) for rollout in rollouts]),
+               "score": _mean([rollout.score.reward for rollout in rollouts]),
+               "tokens_per_rollout": _mean([rollout.count for rollout in rollouts]),
+               "cut_share": _mean([rollout.finish == "length" for rollout in rollouts]),
+               "invalid_share": _mean([rollout.is_invalid for rollout in rollouts])}
+    if calls:
+        metrics["valid_call_share"] = sum(rollout.score.valid_calls for rollout in rollouts) / calls
+    for name in sorted({f"{rollout.task.domain}_{rollout.mode.effort}" for rollout in rollouts}):
+        metrics[f"score_{name}"] = _mean([rollout.score.reward for rollout in rollouts
+                                          if f"{rollout.task.domain}_{rollout.mode.effort}" == name])
+    return metrics
+
+
+def recipe_fingerprint(recipe: object) -> str:
+    """A hash of a resolved recipe."""
+    return hashlib.sha256(recipes.dump(recipe).encode()).hexdigest()[:16]
+
+
+def _round_seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "big")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)

@@ -1,0 +1,287 @@
+"""The whole of post-training as stages: base, specialists, one student, comparisons, scores, report (report section 5.1).
+
+Every stage is a command of its own in a process of its own, with a recipe that also works alone. A finished stage leaves a marker with
+its command and the checksums of what it made; started again, the pipeline runs what is missing and continues what was
+stopped.
+"""
+
+import ctypes
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from fathom import recipe as recipes
+from fathom.align.environments.base import EFFORTS, SEEDS, Environment
+from fathom.checkpoint.training import list_checkpoints
+from fathom.errors import FathomError, RecipeError
+from fathom.files import sha256, write_text
+from fathom.text import chat
+from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model size: its name, its config.json, whether it gets specialists and comparisons of its own, and recipes of its own:
+    `NAME.suffix.toml` is taken before NAME.toml. A size without takes the first full size's specialists as its student's teachers.
+    """
+
+    name: str
+    model: str
+    full: bool = True
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline over `environments`. Recipes of the stages (base, specialist, grpo, student, distill, mixed .toml) lie beside the
+    pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
+
+    `documents` worked tasks of each environment, as plain text, join the sources in `text` as the corpus. Scores are of `tasks`
+    held-out tasks of each environment and mode.
+    """
+
+    run: str
+    sizes: tuple[Size, ...]
+    environments: tuple[str, ...] = ("math", "code", "agent", "instructions")
+    levels: tuple[int, ...] = (1,)
+    documents: int = 3000
+    text: tuple[str, ...] = ()
+    vocabulary: int = 2048
+    workers: int = 2
+    tasks: int = 50
+    score_tokens: int = 256
+    temperature: float = 1.0
+    budgets: tuple[int, ...] = (8, 16, 32, 64)
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.sizes or not self.environments or not any(size.full for size in self.sizes):
+            raise RecipeError("a pipeline needs environments, and sizes, one of them full")
+        if min(self.documents, self.workers, self.tasks, self.score_tokens) < 1:
+            raise RecipeError("documents, workers, tasks and score_tokens must be at least 1")
+
+    @property
+    def teachers_size(self) -> str:
+        """The size whose specialists teach where a size has none of its own."""
+        return next(size.name for size in self.sizes if size.full)
+
+
+@dataclass(frozen=True)
+class StageCommand:
+    """A stage: its name, what `fathom` runs, the stages before it, and the folder or file that it makes."""
+
+    name: str
+    arguments: tuple[str, ...]
+    after: tuple[str, ...]
+    makes: Path
+
+
+class StageFailed(FathomError):
+    """A stage of a pipeline ended with an error."""
+
+
+def run_pipeline(recipe: Pipeline, root: Path, known: Mapping[str, Environment], report: Callable[[Pipeline], Path], console: Console) -> Path:
+    """Run what is missing and write the report; its path. KeyboardInterrupt after Ctrl-C, with every stage stopped and saved."""
+    run = Path(recipe.run)
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / "recipe.toml", recipes.dump(recipe))
+    prepare_corpus(recipe, root, known, console)
+    Runner(run, stages(recipe, root), recipe.workers, console).run()
+    return report(recipe)
+
+
+def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
+    """All stages, each after those that it needs."""
+    run, found = Path(recipe.run), []
+
+    def toml(*names: str) -> str:
+        path = next((root / f"{name}.toml" for name in names if (root / f"{name}.toml").is_file()), None)
+        if path is None:
+            raise RecipeError(f"{root / names[-1]}.toml is missing; the pipeline needs a recipe for this stage")
+        return str(path)
+
+    def add(name: str, verb: str, recipe_file: str, after: Sequence[str], **fields: object) -> str:
+        settings = {"run": str(run / name)} | fields
+        sets = [part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={_toml(value)}")]
+        found.append(StageCommand(name, (verb, recipe_file, *sets), tuple(after), run / name))
+        return name
+
+    sources = [str((run / "corpus.jsonl").resolve()), *(str((root / path).resolve()) for path in recipe.text)]
+    for size in recipe.sizes:
+        s = size.name
+        base = add(f"{s}/base", "train", toml(f"base-{s}", "base"), (), model=str((root / size.model).resolve()), data__sources=sources,
+                   data__tokenizer=str((run / "tokenizer").resolve()))
+        specialists = {}
+        for name in recipe.environments if size.full else ():
+            started = add(f"{s}/sft-{name}", "sft", toml(f"specialist-{name}", f"specialist-{s}", "specialist"), [base],
+                          base=str(run / base), demonstrations__environments=[name])
+            specialists[name] = add(f"{s}/grpo-{name}", "grpo", toml(f"grpo-{name}", f"grpo-{s}", "grpo"), [started],
+                                    base=str(run / started), environments=[name])
+        student = add(f"{s}/student", "sft", toml(f"student-{s}", "student"), [base], base=str(run / base),
+                      demonstrations__environments=list(recipe.environments))
+        taught_by = {name: specialists.get(name, f"{recipe.teachers_size}/grpo-{name}") for name in recipe.environments}
+        teachers = [{"run": str(run / stage), "environments": [name]} for name, stage in taught_by.items()]
+        after = [student, *taught_by.values()]
+        add(f"{s}/distilled", "distill", toml(f"distill-{s}", "distill"), after, base=str(run / student), teachers=teachers)
+        if size.full:
+            add(f"{s}/off-policy", "distill", toml("off-policy", f"distill-{s}", "distill"), after, base=str(run / student), teachers=teachers,
+                samples="teachers")
+            add(f"{s}/mixed", "grpo", toml(f"mixed-{s}", "mixed"), [student], base=str(run / student), environments=list(recipe.environments))
+            paths = [str(run / stage) for stage in specialists.values()]
+            found.append(StageCommand(f"{s}/average", ("average", *paths, "--out", str(run / s / "average")),
+                                      tuple(specialists.values()), run / s / "average"))
+    return found + [_score(recipe, stage) for stage in found]
+
+
+def _score(recipe: Pipeline, stage: StageCommand) -> StageCommand:
+    """The scores of what a stage made: the distilled model in every mode and against budgets, others in chat and high."""
+    out = Path(recipe.run) / "scores" / f"{stage.name.replace('/', '.')}.json"
+    whole = stage.name.endswith("/distilled")
+    more = ("--budgets", ",".join(map(str, recipe.budgets))) if whole and recipe.budgets else ()
+    return StageCommand(f"score/{stage.name}", (
+        "score", str(stage.makes), "--environment", ",".join(recipe.environments), "--tasks", str(recipe.tasks), "--mode",
+        "chat,high,max" if whole else "chat,high", "--levels", ",".join(map(str, recipe.levels)), "--max-tokens", str(recipe.score_tokens),
+        "--temperature", str(recipe.temperature), "--seed", str(recipe.seed), "--out", str(out), *more), (stage.name,), out)
+
+
+class Runner:
+    """Runs stages in processes, `workers` at a time, each with one thread, and remembers in markers which are done."""
+
+    def __init__(self, run: Path, stages: Sequence[StageCommand], workers: int, console: Console):
+        self.run_folder, self.stages, self.workers, self.console = run, stages, workers, console
+        self.done = {stage.name for stage in stages if self._is_done(stage)}
+        self.running: dict[StageCommand, tuple[subprocess.Popen, float]] = {}
+
+    def run(self) -> None:
+        """Run until all are done. StageFailed names the first that failed and its log, after the others were stopped."""
+        for name in sorted(self.done):
+            self.console.print(f"{name}: done before", soft_wrap=True)
+        try:
+            while len(self.done) < len(self.stages):
+                self._start()
+                time.sleep(POLL_SECONDS)
+                self._collect()
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        for stage in self.stages:
+            waits = stage.name in self.done or stage in self.running or not self.done.issuperset(stage.after)
+            if not waits and len(self.running) < self.workers:
+                log = self._path(stage, "log")
+                log.parent.mkdir(parents=True, exist_ok=True)
+                resumes = bool(list_checkpoints(stage.makes))
+                command = [sys.executable, "-m", "fathom.cli", *stage.arguments, *(["--resume"] if resumes else [])]
+                with open(log, "ab") as file:
+                    process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, preexec_fn=_die_with_parent)
+                self.running[stage] = process, time.monotonic()
+                self.console.print(f"{stage.name}: {'continues' if resumes else 'starts'}", soft_wrap=True)
+
+    def _collect(self) -> None:
+        for stage, (process, began) in [*self.running.items()]:
+            if process.poll() is None:
+                continue
+            del self.running[stage]
+            if process.returncode:
+                tail = self._path(stage, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                raise StageFailed(f"stage {stage.name} failed ({' '.join(tail)}); its output is in {self._path(stage, 'log')}; "
+                                  "run the pipeline again to go on")
+            seconds = time.monotonic() - began
+            self._add_seconds(stage, seconds)
+            marker = {"arguments": [*stage.arguments], "recipe": _recipe_checksum(stage), "checksums": _checksums(stage.makes), "seconds": self._seconds(stage)}
+            write_text(self._path(stage, "json"), json.dumps(marker, indent=2) + "\n")
+            self.done.add(stage.name)
+            self.console.print(f"{stage.name}: done in {seconds / 60:.1f} minutes", soft_wrap=True)
+
+    def _stop(self) -> None:
+        """Ask what still runs to save and end."""
+        for process, _ in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        for stage, (process, began) in self.running.items():
+            process.wait()
+            self._add_seconds(stage, time.monotonic() - began)
+
+    def _is_done(self, stage: StageCommand) -> bool:
+        try:
+            marker = json.loads(self._path(stage, "json").read_text(encoding="utf-8"))
+            return (marker["arguments"], marker["recipe"], marker["checksums"]) == (
+                [*stage.arguments], _recipe_checksum(stage), _checksums(stage.makes))
+        except (OSError, ValueError, KeyError, StageFailed):
+            return False
+
+    def _add_seconds(self, stage: StageCommand, seconds: float) -> None:
+        write_text(self._path(stage, "seconds"), f"{self._seconds(stage) + seconds}\n")
+
+    def _seconds(self, stage: StageCommand) -> float:
+        path = self._path(stage, "seconds")
+        return float(path.read_text()) if path.is_file() else 0.0
+
+    def _path(self, stage: StageCommand, suffix: str) -> Path:
+        return self.run_folder / "stages" / f"{stage.name.replace('/', '.')}.{suffix}"
+
+
+def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment], console: Console) -> None:
+    """Write `corpus.jsonl`, worked tasks of the training side as plain text, and the tokenizer that all sizes share."""
+    run = Path(recipe.run)
+    if (run / "tokenizer" / "tokenizer.json").is_file():
+        return
+    rows, rng = [], random.Random(f"{recipe.seed}/corpus")
+    for name in recipe.environments:
+        levels = [level for level in recipe.levels if level in known[name].levels] or [known[name].levels[0]]
+        for _ in range(recipe.documents):
+            task = known[name].task(rng.randrange(SEEDS), "train", rng.choice(levels))
+            effort = rng.choices([*EFFORTS], (4, 5, 1))[0]
+            rows.append({"text": plain_text(task.messages + known[name].demonstration(task, effort), effort), "source": name, "licence": "MIT"})
+    rng.shuffle(rows)
+    write_text(run / "corpus.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    Tokenizer.train((row["text"] for row in rows), recipe.vocabulary).save(run / "tokenizer")
+    console.print(f"corpus: {len(rows):,} worked tasks, a tokenizer of {recipe.vocabulary:,} tokens", soft_wrap=True)
+
+
+def plain_text(messages: list[dict], effort: str) -> str:
+    """A conversation without the chat format's special tokens: paragraphs, as a text on the same matter would have them."""
+    text = chat.encode(messages, *EFFORTS[effort], drop_thinking=False)
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, "\n\n" if token == EOS else "" if token == DSML else "\n")
+    return text.strip()
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """Of a file; of a run's newest checkpoint, whose manifest has those of all files; or of a model folder's files."""
+    if path.is_file():
+        return {path.name: sha256(path)}
+    checkpoints = list_checkpoints(path)
+    files = [checkpoints[-1] / "training" / "manifest.json"] if checkpoints else sorted(path.glob("*.*"))
+    if not files:
+        raise StageFailed(f"{path} was not made")
+    return {str(file.relative_to(path)): sha256(file) for file in files}
+
+
+def _recipe_checksum(stage: StageCommand) -> str | None:
+    return sha256(Path(stage.arguments[1])) if stage.arguments[1].endswith(".toml") else None
+
+
+def _die_with_parent() -> None:
+    """Where Linux can: a stage does not outlive a pipeline that was killed, so that the next one may continue it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _toml(value: object) -> str:
+    """A value for --set."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

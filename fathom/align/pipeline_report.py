@@ -1,0 +1,175 @@
+"""The report of a pipeline: one HTML page with what was scored, what that shows, curves, and the minutes of every stage."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fathom.accounting import parameters
+from fathom.align.pipeline import Pipeline
+from fathom.align.scores import Row
+from fathom.checkpoint.training import find_model
+from fathom.config import ModelConfig
+from fathom.errors import FathomError
+from fathom.files import write_text
+from fathom.train.tracking import read_metrics
+
+try:
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
+STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;"
+         "margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}"
+         "b.own{color:#1f5a94}.no{color:#a33}img{max-width:100%}caption{text-align:left;color:#555}")
+COMPARED = (("student", "the student before distillation"), ("distilled", "on-policy distillation"), ("off-policy", "off-policy distillation"),
+            ("average", "weights averaged"), ("mixed", "one mixed-reward GRPO run"))
+VARIANTS = (("Base", "base", "chat"), ("", "distilled", "high"), ("Max", "distilled", "max"))
+
+
+def write_report(recipe: Pipeline) -> Path:
+    """Write report.html and report.json in the run's folder; the page's path."""
+    if pyplot is None:
+        raise FathomError("the report needs matplotlib; run: pip install 'fathom[plots]'")
+    run = Path(recipe.run)
+    scores = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "scores").glob("*.json"))}
+    found = checks(recipe, scores)
+    variants = variant_rows(recipe, scores)
+    parts = ["<h1>Post-training: specialists, one student, three modes</h1>", _heading(recipe), "<h2>What it shows</h2>",
+             _table(["claim", "measured", "holds"], [[claim, measured, "yes" if holds else '<span class="no">no</span>']
+                                                     for claim, measured, holds in found], raw=True),
+             "<h2>Six variants</h2>", _table(["model", "weights", "mode", *recipe.environments], variants)]
+    for size in recipe.sizes:
+        for effort in ("chat", "high"):
+            parts.append(_table([f"{size.name}, mode {effort}", *recipe.environments], _model_rows(recipe, scores, size.name, effort), raw=True,
+                                caption="Mean held-out reward ± its standard error; a specialist's own domain is blue."))
+    parts += ["<h2>Curves</h2>", *_curves(recipe, scores), "<h2>Minutes</h2>", _minutes(run)]
+    write_text(run / "report.json", json.dumps({"checks": found, "variants": variants, "scores": scores}, indent=2) + "\n")
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Post-training</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
+    write_text(run / "report.html", page)
+    return run / "report.html"
+
+
+def mean_of(rows: Sequence[Row], environment: str, effort: str, budget: int | None = None) -> Row | None:
+    """The row of an environment, effort and budget, if it was measured."""
+    return next((row for row in rows if (row["environment"], row["effort"], row["budget"]) == (environment, effort, budget)), None)
+
+
+def checks(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[tuple[str, str, bool]]:
+    """Claims about the first full size, what was measured, and whether it holds. Computed from the scores alone."""
+    s, found = recipe.teachers_size, []
+
+    def score(model: str, environment: str, effort: str = "high", budget: int | None = None) -> float:
+        row = mean_of(scores.get(f"{s}.{model}", []), environment, effort, budget)
+        return row["score"] if row else float("nan")
+
+    for name in recipe.environments:
+        before, after = score(f"sft-{name}", name), score(f"grpo-{name}", name)
+        found.append((f"GRPO gains 15 points over SFT in {name}", f"{before:.1%} → {after:.1%}", after - before >= 0.15))
+    for name in recipe.environments:
+        teacher, student = score(f"grpo-{name}", name), score("distilled", name)
+        found.append((f"the distilled student keeps 95% of the specialist's score in {name}", f"{student:.1%} of {teacher:.1%}",
+                      student >= 0.95 * teacher))
+    if "math" in recipe.environments:
+        off, on = score("distilled", "math", "chat"), score("distilled", "math")
+        found.append(("thinking beats answering at once in math", f"{off:.1%} → {on:.1%}", on > off))
+        if recipe.budgets:
+            low, high = (score("distilled", "math", "high", edge(recipe.budgets)) for edge in (min, max))
+            found.append((f"a thinking budget of {max(recipe.budgets)} beats {min(recipe.budgets)} in math", f"{low:.1%} → {high:.1%}", high > low))
+    calls = [row for row in scores.get(f"{s}.distilled", []) if row["calls"] and row["budget"] is None]
+    if calls:
+        valid, total = (sum(row[name] for row in calls) for name in ("valid_calls", "calls"))
+        found.append(("over 98% of the student's tool calls are valid", f"{valid} of {total}", valid > 0.98 * total))
+    return found
+
+
+def variant_rows(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[list[str]]:
+    """Each size as base, chat and max: name, where the weights are, mode, a score for each environment."""
+    rows = []
+    for size in recipe.sizes:
+        for suffix, stage, effort in VARIANTS:
+            cells = [mean_of(scores.get(f"{size.name}.{stage}", []), name, effort) for name in recipe.environments]
+            rows.append(["-".join(filter(None, (size.name.capitalize(), suffix))), f"{size.name}/{stage}", effort,
+                         *(f"{row['score']:.1%}" if row else "-" for row in cells)])
+    return rows
+
+
+def _model_rows(recipe: Pipeline, scores: dict[str, list[Row]], size: str, effort: str) -> list[list[str]]:
+    models = [("base", "base")]
+    models += [(f"{kind}-{name}", f"{title} {name}") for name in recipe.environments for kind, title in (("sft", "SFT"), ("grpo", "GRPO"))]
+    rows = []
+    for model, title in [*models, *COMPARED]:
+        measured = scores.get(f"{size}.{model}")
+        if measured is not None:
+            cells = [(name, mean_of(measured, name, effort)) for name in recipe.environments]
+            texts = [f"{row['score']:.1%} ± {row['error']:.1%}" if row else "-" for _, row in cells]
+            rows.append([title, *(f'<b class="own">{text}</b>' if model.endswith(f"-{name}") else text
+                                  for (name, _), text in zip(cells, texts, strict=True))])
+    return rows
+
+
+def _heading(recipe: Pipeline) -> str:
+    sizes = []
+    for size in recipe.sizes:
+        counts = parameters(ModelConfig.load(find_model(Path(recipe.run) / size.name / "distilled")))
+        sizes.append(f"{size.name} ({counts.total / 1e6:.2f}M parameters, {counts.activated / 1e6:.2f}M activated)")
+    return (f"<p>Sizes: {', '.join(sizes)}. {recipe.tasks} held-out tasks of each environment and mode, levels {list(recipe.levels)}, temperature "
+            f"{recipe.temperature:g}, at most {recipe.score_tokens} tokens an episode; seed {recipe.seed}. A stage is one process with one thread.</p>")
+
+
+def _curves(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[str]:
+    run, s = Path(recipe.run), recipe.teachers_size
+    plots = []
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), dpi=110, layout="constrained")
+    for name in [*(f"grpo-{name}" for name in recipe.environments), "mixed"]:
+        _line(left, run / s / name, "score", name)
+    left.set(title="GRPO: score of the rollouts", xlabel="update", ylabel="mean score")
+    for name in ("distilled", "off-policy"):
+        _line(right, run / s / name, "loss", name)
+    right.set(title="distillation: divergence from the teachers", xlabel="update", ylabel="nats per token", yscale="log")
+    plots.append(figure)
+    rows = scores.get(f"{s}.distilled", [])
+    if recipe.budgets and rows:
+        figure, axis = pyplot.subplots(figsize=(7, 4), dpi=110, layout="constrained")
+        for name in recipe.environments:
+            points = [(budget, mean_of(rows, name, "high", budget)) for budget in sorted(recipe.budgets)]
+            points = [(budget, row["score"]) for budget, row in points if row]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set(title="the student's score against its thinking budget", xlabel="tokens of reasoning at most", ylabel="score")
+        axis.legend(frameon=False)
+        plots.append(figure)
+    return [_image(figure) for figure in plots]
+
+
+def _line(axis: "matplotlib.axes.Axes", run: Path, name: str, label: str) -> None:
+    points = [(line["step"], line[name]) for line in read_metrics(run) if name in line]
+    if points:
+        axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.25)
+
+
+def _image(figure: "matplotlib.figure.Figure") -> str:
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    pyplot.close(figure)
+    return f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"></p>'
+
+
+def _minutes(run: Path) -> str:
+    seconds = {path.stem: json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in sorted((run / "stages").glob("*.json"))}
+    rows = [[name, f"{value / 60:.1f}"] for name, value in seconds.items()]
+    return _table(["stage", "minutes"], [*rows, ["all stages, one core each", f"{sum(seconds.values()) / 60:.1f}"]])
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], raw: bool = False, caption: str = "") -> str:
+    def line(cells: Sequence[str], tag: str, raw: bool) -> str:
+        return f"<tr>{''.join(f'<{tag}>{cell if raw else html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    return (f"<table>{f'<caption>{html.escape(caption)}</caption>' if caption else ''}{line(heads, 'th', False)}"
+            f"{''.join(line(row, 'td', raw) for row in rows)}</table>")
