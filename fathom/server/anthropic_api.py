@@ -21,7 +21,7 @@ from fathom.server.anthropic_types import CountRequest, ErrorResponse, Message, 
 from fathom.server.failures import failure_of, render
 from fathom.server.guards import tenant
 from fathom.server.metrics import Record
-from fathom.server.responses import EventStream, Whole
+from fathom.server.responses import STREAM, EventStream, Whole
 from fathom.server.tasks import Answer, ChatTask, Context, End, Tool, instruct, read_prompt, start
 
 logger = logging.getLogger("fathom.server")
@@ -32,7 +32,6 @@ CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 ERRORS = {status: {"model": ErrorResponse, "description": words} for status, words in {
     400: "Unusable request", 401: "Wrong or missing key", 408: "Body too slow", 413: "Body too large", 429: "Queue full",
     500: "Failure of the server", 503: "Stopping"}.items()}
-STREAM = {200: {"description": "The answer; events of it with `stream`", "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def router(context: Context) -> APIRouter:

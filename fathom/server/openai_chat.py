@@ -16,7 +16,7 @@ from fathom.server.openai_answer import DONE, ChatStream, Head, chat_json, sse
 from fathom.server.openai_objects import ChatCompletion, ErrorResponse
 from fathom.server.openai_prompt import chat_messages, check_reasoning, function_tools, tool_choice
 from fathom.server.openai_types import ChatRequest, ObjectFormat, RegexFormat, SchemaFormat, Wishes
-from fathom.server.responses import EventStream, Whole
+from fathom.server.responses import STREAM, EventStream, Whole
 from fathom.server.settings import ServerSettings
 from fathom.server.tasks import Answer, ChatTask, Context, End, ResponseFormat, Tool, instruct, start
 
@@ -26,7 +26,6 @@ EFFORTS = {"minimal": "high", "low": "high", "medium": "high", "high": "high", "
 ERRORS = {status: {"model": ErrorResponse, "description": words} for status, words in {
     400: "Unusable request; param names the field", 401: "Wrong or missing key", 404: "No such model", 408: "Body too slow",
     413: "Body too large", 429: "Queue full", 500: "Failure of the server", 503: "Stopping"}.items()}
-STREAM = {200: {"description": "The answer; chunks of it with `stream`", "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def router(context: Context, fingerprint: str) -> APIRouter:

@@ -14,10 +14,10 @@ from fathom.errors import InputError
 from fathom.server.guards import tenant
 from fathom.server.metrics import Record
 from fathom.server.openai_answer import DONE, CompletionText, Head, completion_choice, joined_logprobs, sse, usage
-from fathom.server.openai_chat import ERRORS, STREAM, check_wishes, failed_event, joined_events, request_id, sampling
+from fathom.server.openai_chat import ERRORS, check_wishes, failed_event, joined_events, request_id, sampling
 from fathom.server.openai_objects import Completion
 from fathom.server.openai_types import CompletionRequest
-from fathom.server.responses import EventStream, Whole
+from fathom.server.responses import STREAM, EventStream, Whole
 from fathom.server.settings import ServerSettings
 from fathom.server.tasks import Answer, CompletionTask, Context, Delta, End, start
 

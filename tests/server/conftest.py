@@ -58,6 +58,14 @@ def post(server: Running, path: str, body: object, **headers: str) -> Reply:
     return request(server, "POST", path, json.dumps(body).encode(), {"content-type": "application/json"} | headers)
 
 
+def wait(condition: Callable[[], bool], seconds: float = 120) -> bool:
+    """Wait for something to become true; whether it did."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
 @contextmanager
 def running(engine: ScriptedEngine, settings: ServerSettings = ServerSettings(), app: FastAPI | None = None) -> Iterator[Running]:
     """Serve `engine` until the block ends."""
