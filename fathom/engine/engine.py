@@ -97,7 +97,7 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queue a request; its number. InputError for a prompt that the model cannot take, QueueFull where too many wait."""
-        self._check(request.prompt)
+        self._check(request)
         if len(self._scheduler.waiting) >= self.settings.waiting:
             raise QueueFull(f"{self.settings.waiting} requests wait already; try again later")
         self._requests += 1
@@ -135,7 +135,7 @@ class Engine:
 
     def run(self, request: Request) -> Iterator[Output]:
         """The outputs of one request, stepping as needed; errors as of `add`, before the first. Closing it cancels the request."""
-        self._check(request.prompt)
+        self._check(request)
         return self._follow(request)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()) -> Iterator[int]:
@@ -170,7 +170,8 @@ class Engine:
         if self._prefix is not None and self._prefix.disk is not None:
             self._prefix.disk.close()
 
-    def _check(self, prompt: Sequence[int]) -> None:
+    def _check(self, request: Request) -> None:
+        prompt = request.prompt
         if not prompt:
             raise InputError("the prompt is empty; give at least one token")
         if len(prompt) >= self.max_tokens:
@@ -179,6 +180,8 @@ class Engine:
         wrong = [token for token in prompt if not 0 <= token < self.config.vocab_size]
         if wrong:
             raise InputError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} ids")
+        if unknown := [token for token in request.sampling.logit_bias if not 0 <= token < self._runner.known]:
+            raise InputError(f"logit_bias: token id {unknown[0]} is outside the {self._runner.known} ids that can be written")
 
     def _queue(self, answer: Answer) -> None:
         self._answers[answer.place] = answer

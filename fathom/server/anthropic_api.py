@@ -19,8 +19,9 @@ from fathom.server.anthropic_answer import PING, MessageStream, message_json
 from fathom.server.anthropic_prompt import chat_messages, function_tools
 from fathom.server.anthropic_types import CountRequest, ErrorResponse, Message, MessageRequest, TokenCount, ToolChoice
 from fathom.server.failures import failure_of, render
+from fathom.server.guards import tenant
 from fathom.server.metrics import Record
-from fathom.server.responses import EventStream, Whole
+from fathom.server.responses import STREAM, EventStream, Whole
 from fathom.server.tasks import Answer, ChatTask, Context, End, Tool, instruct, read_prompt, start
 
 logger = logging.getLogger("fathom.server")
@@ -31,7 +32,6 @@ CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 ERRORS = {status: {"model": ErrorResponse, "description": words} for status, words in {
     400: "Unusable request", 401: "Wrong or missing key", 408: "Body too slow", 413: "Body too large", 429: "Queue full",
     500: "Failure of the server", 503: "Stopping"}.items()}
-STREAM = {200: {"description": "The answer; events of it with `stream`", "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def router(context: Context) -> APIRouter:
@@ -41,7 +41,7 @@ def router(context: Context) -> APIRouter:
     async def create_message(body: MessageRequest, request: Request) -> Response:
         """Answer a conversation."""
         record, message_id = request.scope["fathom.record"], f"msg_{secrets.token_hex(12)}"
-        record.tenant = _tenant(request, body.metadata.user_id)
+        record.tenant = tenant(request.scope, body.metadata.user_id)
         answer = await start(context, message_task(body, record.tenant), record)
         if not body.stream:
             return Whole(_whole(answer, message_id, context.settings.model_name), answer.close, context.settings.keep_alive)
@@ -96,10 +96,6 @@ def _tool_choice(body: CountRequest) -> str:
     if choice.type == "any" and not body.tools:
         raise InputError("tool_choice: any needs tools")
     return CHOICES[choice.type]
-
-
-def _tenant(request: Request, user: str | None) -> str:
-    return f"{request.scope['fathom.caller']}/{user or ''}"
 
 
 async def _whole(answer: Answer, message_id: str, model: str) -> bytes:

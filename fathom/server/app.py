@@ -158,5 +158,6 @@ def _describe(app: FastAPI) -> dict:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    status, headers, body = render(failure_of(error), request.url.path)
+    failure = failure_of(error, request.app.state.context.settings.retry_after)
+    status, headers, body = render(failure, request.url.path)
     return Response(body, status, headers)

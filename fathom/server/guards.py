@@ -57,7 +57,7 @@ class Guards:
         began, status = time.monotonic(), 499  # the client went away before there was an answer
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12).encode()
-        scope["fathom.record"] = record = Record()
+        scope["fathom.record"] = record = Record(request_id.decode())
 
         async def send_on(message: Message) -> None:
             nonlocal status
@@ -125,6 +125,11 @@ class Guards:
         if body:
             check_json(body, self._settings.json_items)
         return _replay({"type": "http.request", "body": body, "more_body": False}, receive)
+
+
+def tenant(scope: Scope, user: str | None) -> str:
+    """Whose prefix cache a request uses: that of the caller's key, and of the user whom the caller names."""
+    return f"{scope['fathom.caller']}/{user or ''}"
 
 
 def check_json(body: bytes, most_items: int) -> None:

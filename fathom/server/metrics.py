@@ -38,6 +38,7 @@ COUNTERS: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
 class Record:
     """What the log and the metrics say of one HTTP request beside method, path and status."""
 
+    request_id: str = ""
     tenant: str = ""
     prompt_tokens: int = 0
     hit_tokens: int = 0

@@ -8,6 +8,10 @@ from starlette.types import Receive, Scope, Send
 
 PING = b": keep-alive\n\n"
 
+# What the OpenAPI document says of a stream: the schema of one event, whose data is JSON (or [DONE], in OpenAI's dialect).
+STREAM = {200: {"description": "The answer; pieces of it as server-sent events with `stream`", "content": {"text/event-stream": {
+    "schema": {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["data"]}}}}}
+
 
 class EventStream(Response):
     """Server-sent events: what `events` yields is sent as it comes, and `ping` first and whenever nothing came for `keep_alive` seconds.

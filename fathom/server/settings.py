@@ -12,6 +12,7 @@ class ServerSettings:
 
     model_name: str = "fathom"
     api_keys: tuple[str, ...] = ()  # none: open to everyone who can reach it
+    separate_usage: bool = False  # of streamed chats: in a last chunk without choices, as OpenAI's API, not in the last with one
     any_model: bool = False  # answer under whatever model name a request gives
     cors_origins: tuple[str, ...] = ()  # pages of other origins that may call; none by default
     body_bytes: int = 64 << 20

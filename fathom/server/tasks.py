@@ -14,7 +14,7 @@ from fathom.errors import InputError
 from fathom.server.metrics import Metrics, Record
 from fathom.server.service import Generates, Service, Stream
 from fathom.server.settings import ServerSettings
-from fathom.text.chat import fim_segments, segments
+from fathom.text.chat import Segment, fim_segments, segments
 from fathom.text.chat_stream import AnswerStream, Content, Reasoning, ToolCall
 from fathom.text.tokenizer import ASSISTANT, BOS, THINK, THINK_END, USER, Tokenizer
 
@@ -36,10 +36,12 @@ class ChatTask:
     """A conversation to continue. `messages` as fathom.text.chat takes them, with tools and a schema on one of them (see `instruct`).
 
     `max_tokens` (None: as many as fit) stands for the one of `sampling`. `tool_choice` is auto, none, required or a tool's name.
+    `thoughts` is the beginning of the answer's reasoning, which goes on from there.
     """
 
     messages: list[dict]
     thinking: bool = True
+    thoughts: str = ""
     effort: Literal["high", "max"] | None = None
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
@@ -134,6 +136,7 @@ def read_prompt(task: Task, tokenizer: Tokenizer, most_tokens: int) -> Prompt:
     """The prompt of a task; InputError before any work when its text must have more than `most_tokens`."""
     if isinstance(task, ChatTask):
         pieces = segments(task.messages, "thinking" if task.thinking else "chat", task.effort if task.thinking else None)
+        pieces.append(Segment(task.thoughts, markup=False))
     elif isinstance(task.prompt, tuple):
         return Prompt(task.prompt, None, False)
     elif task.suffix is not None:
@@ -147,7 +150,7 @@ def read_prompt(task: Task, tokenizer: Tokenizer, most_tokens: int) -> Prompt:
     ids = tuple(tokenizer.encode_segments(pieces))
     if isinstance(task, CompletionTask):
         return Prompt(ids, None, False)
-    return Prompt(ids, _input_end(ids, tokenizer), ids[-1] == tokenizer.special_ids[THINK])
+    return Prompt(ids, _input_end(ids, tokenizer), bool(task.thoughts) or ids[-1] == tokenizer.special_ids[THINK])
 
 
 @cache

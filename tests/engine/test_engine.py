@@ -57,6 +57,13 @@ def test_unusable_prompts_are_refused_before_anything_runs(engine, prompt, words
         engine.stream(prompt, Sampling())
 
 
+@pytest.mark.parametrize("token", [-1, 300, 10**9])
+def test_a_bias_for_a_token_that_cannot_be_written_is_refused(engine, token):
+    assert engine.tokenizer.vocab_size <= 300
+    with pytest.raises(InputError, match=f"logit_bias: token id {token} is outside"):
+        engine.add(Request((1, 2), Sampling(logit_bias={token: 1.0})))
+
+
 def test_text_streams_whole_characters_that_join_to_the_decoded_tokens(engine):
     sampling = Sampling(seed=3, max_tokens=40)
     pieces = list(engine.text("a small", sampling))

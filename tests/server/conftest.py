@@ -1,5 +1,7 @@
 """A real server on a port of its own, in a thread, for the clients that users have."""
 
+import http.client
+import json
 import socket
 import threading
 import time
@@ -25,6 +27,43 @@ class Running:
     url: str
     engine: ScriptedEngine
     app: FastAPI
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back: status, headers by lower-case name, body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> dict:
+        """The body as JSON."""
+        return json.loads(self.body)
+
+
+def request(server: Running, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Reply:
+    """One request as it stands, by the standard library."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=120)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+    finally:
+        connection.close()
+
+
+def post(server: Running, path: str, body: object, **headers: str) -> Reply:
+    """A JSON body."""
+    return request(server, "POST", path, json.dumps(body).encode(), {"content-type": "application/json"} | headers)
+
+
+def wait(condition: Callable[[], bool], seconds: float = 120) -> bool:
+    """Wait for something to become true; whether it did."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
 
 
 @contextmanager
