@@ -115,6 +115,20 @@ def serve(path: Annotated[Optional[Path], typer.Argument(
     launch(path, dtype_of(dtype), packed, settings, host, port, name, api_key_file, drain, Console(stderr=True))
 
 
+@app.command(epilog="Example:  fathom explain runs/tiny --text 'It is a truth' --out explain.html")
+def explain(path: Annotated[Optional[Path], typer.Argument(
+                metavar="[PATH]", help="A model folder, or a run; default: a small model of random weights.")] = None,
+            text: Annotated[Optional[str], typer.Option(help="What the model reads; default: a page of Jane Austen.")] = None,
+            out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("explain.html"),
+            seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0) -> None:
+    """One token's journey through the model, as a page to step through: streams, window, entries, experts, next token."""
+    from rich.console import Console
+
+    from fathom.lab.explain.run import explain as write_page
+
+    write_page(path, text, out, seed, Console())
+
+
 @app.command("eval", epilog="Example:  fathom eval runs/tiny   or   fathom eval runs/tiny-chat --questions 80")
 def evaluate(path: ModelArgument,
              questions: Annotated[int, typer.Option(help="Ask so many held-out questions instead.")] = 0,

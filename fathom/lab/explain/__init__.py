@@ -1,0 +1,1 @@
+"""One token's journey through a real model, recorded from outside and told by a page."""
