@@ -38,7 +38,10 @@ class Losses:
 
 
 def objective(model: Transformer, batch: Batch, weights: LossWeights, mtp_weight: float, phase: Phase) -> Losses:
-    """The training loss of a batch; every part is a mean over its own positions."""
+    """The training loss of a batch; every part is a mean over its own positions. In the phase "warmup" the indexer's divergence is all
+    there is to minimise (inside `phases.attending`), and the other parts are numbers for the log.
+    """
+    mtp_weight = 0.0 if phase == "warmup" else mtp_weight
     depths = len(model.mtp) if mtp_weight > 0 else 0
     targets_DBS = _shifted_targets(batch, depths)
     features = model.features(batch.tokens_BS, batch.positions_BS, _next_tokens(batch, depths), phase)
@@ -57,6 +60,8 @@ def objective(model: Transformer, batch: Batch, weights: LossWeights, mtp_weight
     if index:
         parts["indexer_loss"] = torch.stack(index).mean()
         total = total + weights.indexer * torch.stack(index).sum()
+    if phase == "warmup":
+        total = weights.indexer * torch.stack(index).sum()
     return Losses(total, {name: float(part.detach()) for name, part in parts.items()}, features.observations)
 
 

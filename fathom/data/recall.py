@@ -1,0 +1,81 @@
+"""Documents that state facts in filler text and ask for them later: what a model learns retrieval over long contexts from.
+
+Synthetic, made from a seed alone. The format, in one line: `The code of the amber lantern is 48213.` somewhere between
+filler sentences, and later, at any distance, `Question: What is the code of the amber lantern? Answer: 48213.`
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+ADJECTIVES = ("amber ancient bitter bright broken calm copper crimson distant empty faithful frozen gentle golden hidden "
+              "hollow humble iron ivory lonely marble narrow nimble northern pale patient polished quiet restless rusty "
+              "sacred scarlet secret silent silver slender southern stubborn sunken tender velvet violet weary wooden").split()
+NOUNS = ("anchor arrow basket beacon bell bridge candle canyon castle chapel compass cottage cradle crystal dagger engine "
+         "falcon feather ferry forest fountain garden gate glacier hammer harbour harp island kettle ladder lantern library "
+         "market meadow mirror orchard palace parrot pillar prairie river saddle ship sparrow statue temple tower valley "
+         "village violin wagon willow").split()
+_PEOPLE = "the baker|the captain|an old farmer|the gardener|her cousin|the miller|a young painter|the postman|his neighbour|the teacher".split("|")
+_DEEDS = ("walked slowly along the road|waited for the evening train|bought bread and cheese|spoke about the weather|read "
+          "the morning paper|repaired a wooden fence|looked at the clouds|carried water from the well|wrote a long letter|"
+          "sang an old song|closed the window|counted the boats").split("|")
+_WHEN = ("before breakfast|in the afternoon|after the rain|at the end of the week|during the winter|while the bells rang|as "
+         "on every other day|near the edge of the town|without any hurry|under a grey sky|when the market was over").split("|")
+
+
+def statement(key: str, value: str) -> str:
+    """How a fact is stated; `key` is such as "amber lantern"."""
+    return f"The code of the {key} is {value}."
+
+
+def question(key: str) -> str:
+    """How a fact is asked for; what follows is a blank, the value and a full stop."""
+    return f"Question: What is the code of the {key}? Answer:"
+
+
+def recall_document(rng: random.Random, length: int, facts: int = 4, filler: Sequence[str] | None = None) -> str:
+    """A text of about `length` characters with `facts` facts (at least one), each asked for once.
+
+    Facts have different keys and five-digit values and lie anywhere in the first nine tenths; half of the distances to
+    the question are log-uniform, half uniform up to the end. `filler`, if given, is the sentences between, taken in
+    order from a random place on; otherwise they are made up. At least one filler sentence lies between a fact and its
+    question. The same state of `rng` and arguments give the same text.
+    """
+    sentences = _sentences(rng, filler)
+    body = [next(sentences)]
+    room = length - len(body[0]) - facts * 115
+    while room > 0:
+        body.append(next(sentences))
+        room -= len(body[-1]) + 1
+    # What stands after filler sentence n: questions before facts.
+    after: dict[int, list[str]] = {}
+    keys = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), facts)
+    for number in keys:
+        key, value = f"{ADJECTIVES[number % len(ADJECTIVES)]} {NOUNS[number // len(ADJECTIVES)]}", str(rng.randrange(10000, 100000))
+        stated = rng.randrange(max(1, len(body) * 9 // 10))
+        reach = len(body) - stated  # filler sentences that may lie between
+        between = int((reach + 1) ** rng.random()) if rng.random() < 0.5 else rng.randint(1, reach)
+        after.setdefault(stated + between, []).insert(0, f"{question(key)} {value}.")
+        after.setdefault(stated, []).append(statement(key, value))
+    body.append(next(sentences))
+    return " ".join(part for n, sentence in enumerate(body) for part in (sentence, *after.get(n, ()))) + "\n"
+
+
+def recall_texts(seed: int, shortest: int = 400, longest: int = 60000) -> Iterator[str]:
+    """Endless documents, their lengths log-uniform between both bounds (characters), 1 to 8 facts each."""
+    rng = random.Random(seed)
+    while True:
+        length = round(shortest * (longest / shortest) ** rng.random())
+        yield recall_document(rng, length, facts=min(8, max(1, rng.randint(1, 1 + length // 800))))
+
+
+def _sentences(rng: random.Random, filler: Sequence[str] | None) -> Iterator[str]:
+    at = rng.randrange(len(filler)) if filler else 0
+    while filler:
+        yield filler[at % len(filler)]
+        at += 1
+    while True:
+        first, second = rng.sample(_PEOPLE, 2)
+        text = f"{first} {rng.choice(_DEEDS)} {rng.choice(_WHEN)}"
+        if rng.random() < 0.5:
+            text += f", and {second} {rng.choice(_DEEDS)}"
+        yield text[0].upper() + text[1:] + "."
