@@ -53,6 +53,13 @@ def write_text(path: str | Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder; under its name it is there whole or not at all, whenever the process ends."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as file:

@@ -5,8 +5,7 @@ Folders appear whole, carry checksums, and resuming from one continues bit for b
 """
 
 import json
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,22 +14,23 @@ from torch import Tensor
 from fathom.checkpoint.released import load_model, write_model
 from fathom.checkpoint.shards import read_tensors, write_tensors
 from fathom.errors import CheckpointError
-from fathom.files import new_folder, sha256
+from fathom.files import new_folder, remove_folder, sha256
 from fathom.model.transformer import Transformer
 from fathom.text.tokenizer import Tokenizer
 
 MANIFEST = "training/manifest.json"
 STATE = "training/optimizer.safetensors"
-_RANDOM = "random_state"
+_RANDOM, _GUARD = "random_state", "guard/"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Steps done, the optimiser's tensors by name, and torch's random state."""
+    """Steps done, the optimiser's tensors by name, torch's random state, and the tensors of the guard against spikes, if there is one."""
 
     step: int
     optimizer: dict[str, Tensor]
     random_state: Tensor
+    guard: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, state: TrainingState) -> None:
@@ -39,7 +39,8 @@ def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer, stat
         write_model(model, partial)
         tokenizer.save(partial)
         (partial / "training").mkdir()
-        write_tensors(state.optimizer | {_RANDOM: state.random_state}, partial / STATE)
+        guard = {_GUARD + name: tensor for name, tensor in state.guard.items()}
+        write_tensors(state.optimizer | guard | {_RANDOM: state.random_state}, partial / STATE)
         files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
         manifest = {"step": state.step,
                     "sha256": {str(file.relative_to(partial)): sha256(file) for file in files}}
@@ -55,7 +56,8 @@ def load_checkpoint(folder: Path) -> tuple[Transformer, TrainingState]:
                                   "checkpoint before it")
     tensors = read_tensors(folder / STATE)
     random_state = tensors.pop(_RANDOM)
-    return load_model(folder), TrainingState(manifest["step"], tensors, random_state)
+    guard = {name.removeprefix(_GUARD): tensors.pop(name) for name in list(tensors) if name.startswith(_GUARD)}
+    return load_model(folder), TrainingState(manifest["step"], tensors, random_state, guard)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -65,13 +67,23 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted((run / "checkpoints").glob("step-*"), key=step_of)
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for folder in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(folder)
+def step_of(folder: Path) -> int:
+    """The steps that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def prune_checkpoints(run: Path, keep: int, every: int = 1) -> None:
+    """Delete all but the newest checkpoint and the newest `keep` regular ones, whose step is a multiple of `every`: an interruption
+    saves one between them, and must not cost a run what it may roll back to.
+    """
+    checkpoints = list_checkpoints(run)
+    regular = [folder for folder in checkpoints if step_of(folder) % every == 0]
+    for folder in checkpoints[:-1]:
+        if folder not in regular[-keep:]:
+            remove_folder(folder)
 
 
 def find_model(path: str | Path) -> Path:

@@ -12,6 +12,7 @@ from fathom.cli.bench import bench
 from fathom.cli.lab import lab
 from fathom.cli.data import data
 from fathom.cli.options import (
+    DryRunOption,
     DtypeOption,
     ModelArgument,
     PackedOption,
@@ -33,16 +34,19 @@ app.add_typer(data, name="data")
 app.registered_commands += align.registered_commands
 
 
-@app.command(epilog="Example:  fathom train recipes/tiny.toml --set minutes=1 --set run=runs/first")
-def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
+@app.command(epilog="Example:  fathom train recipes/tiny.toml --set minutes=1 --set run=runs/first   or   fathom train recipes/flash.toml --dry-run")
+def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, dry: DryRunOption = False) -> None:
     """Pre-train a model from a recipe. Ctrl-C saves and stops; --resume continues the same curve."""
     from rich.console import Console
 
     from fathom.recipe import load
-    from fathom.train.pretrain import Pretrain, pretrain
+    from fathom.train.pretrain import Pretrain, dry_run, pretrain
 
-    console = Console()
-    run = pretrain(load(Pretrain, recipe, set_ or []), recipe.parent, resume, console)
+    console, loaded = Console(), load(Pretrain, recipe, set_ or [])
+    if dry:
+        dry_run(loaded, recipe.parent, console)
+        return
+    run = pretrain(loaded, recipe.parent, resume, console)
     console.print(f"done: {run}  (talk to it: fathom generate {run} --prompt ...)", soft_wrap=True)
 
 

@@ -8,6 +8,8 @@ import typer
 SetOption = Annotated[Optional[list[str]], typer.Option(
     "--set", metavar="KEY=VALUE", help="Change a recipe field, such as schedule.steps=100. Repeatable.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")]
+DryRunOption = Annotated[bool, typer.Option(
+    "--dry-run", help="Only print the resolved recipe, its tokens, FLOPs, memory and duration (on the machine of its section plan).")]
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")]
 ModelArgument = Annotated[Path, typer.Argument(
     metavar="PATH", help="A model folder, or a run (its newest checkpoint).")]

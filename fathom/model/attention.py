@@ -14,9 +14,10 @@ from fathom.model.layers import Linear, RMSNorm, rms_normalise, rotate
 from fathom.model.layout import Layout
 from fathom.quant.rounding import EXACT
 
-# What a training forward computes beyond the logits: the indexer learns from dense attention over all visible
-# entries ("dense", the first stage) or over its own selection ("sparse"). None: inference, nothing extra.
-Phase = Literal["dense", "sparse"] | None
+# What a training forward reads and teaches: all visible entries and no indexer ("dense", the first stage), all visible entries,
+# from which the indexer learns ("warmup"), or the indexer's selection, from which it goes on learning ("sparse"). None:
+# inference, the selection and nothing extra.
+Phase = Literal["dense", "warmup", "sparse"] | None
 
 
 class Attention(nn.Module):
@@ -59,9 +60,9 @@ class Attention(nn.Module):
             blocks = layout.blocks[self.ratio]
             kv_BMD = self.compressor(x_BSW, layout, cache and cache.entries, self.rounding.entries)
             entries = ops.Entries(kv_BMD, blocks.first_BS, blocks.count_BS, None)
-        if self.indexer is not None:
+        if self.indexer is not None and phase != "dense":
             scorer = self.indexer(x_BSW.detach(), latent_BSR.detach(), layout, cache and cache.keys, self.rounding)
-            if phase != "dense":
+            if phase != "warmup":
                 entries = entries._replace(selected_BSK=self.indexer.select(scorer, layout))
             if phase is not None:
                 index_loss = self.indexer.objective(scorer, q_BSHD, window, entries, self.sink)

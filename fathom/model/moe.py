@@ -24,8 +24,11 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Affinities sqrt(softplus(x . e)); experts by the best biased affinity, or by a fixed table of the token id.
 
-    `bias` [E] steers selection only and is moved by the trainer, not by gradients. `table` [V, K] is the hash layers'.
+    `bias` [E] steers selection only and is moved by the trainer, not by gradients. `table` [V, K] is the hash layers'. `foreseen`
+    [B, S, K], set from outside, is a selection made beforehand (anticipatory routing, report 4.2.3).
     """
+
+    foreseen: Tensor | None = None
 
     def __init__(self, config: ModelConfig, by_hash: bool):
         super().__init__()
@@ -41,6 +44,8 @@ class Router(nn.Module):
         affinity_BSE = F.softplus(F.linear(ops.wide(x_BSW), ops.wide(self.weight))).sqrt()
         if self.by_hash:
             expert_BSK = self.table[token_BS]
+        elif self.foreseen is not None:
+            expert_BSK = self.foreseen
         else:
             expert_BSK = (affinity_BSE + self.bias).topk(self.chosen, sorted=False).indices
         weight_BSK = affinity_BSE.gather(-1, expert_BSK)

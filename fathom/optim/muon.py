@@ -6,6 +6,7 @@ report needs two, iterates in bfloat16 only, and takes 2-D parameters whole, so 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fathom.errors import CheckpointError, RecipeError
 from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import multiplies_bfloat16
 
+Matrices = Literal["muon", "adamw"]  # which of the two moves the weight matrices
 PRECISIONS = ("auto", "bfloat16", "float32")
 TOGETHER = 1 << 22  # numbers in the matrices that are orthogonalised in one call
 
@@ -124,14 +126,18 @@ class MuonOptimizer(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """Muon and AdamW over one model. Its state is flat and named, and continuing from it is bit-identical."""
+    """Muon and AdamW over one model; with `matrices` "adamw", AdamW over all of it, to compare with. Its state is flat and named, and
+    continuing from it is bit-identical.
+    """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: ModelConfig, muon: Muon,
-                 adamw: AdamW):
+                 adamw: AdamW, matrices: Matrices = "muon"):
         self.parameters = dict(named_parameters)
-        matrices, others = parameter_groups(self.parameters.items(), config)
+        by_muon, others = parameter_groups(self.parameters.items(), config)
+        if matrices == "adamw":
+            by_muon, others = {}, list(self.parameters)
         self.muon = MuonOptimizer([{"params": [self.parameters[name]], "blocks": blocks}
-                                   for name, blocks in matrices.items()], muon)
+                                   for name, blocks in by_muon.items()] or [{"params": []}], muon)
         self.adamw = torch.optim.AdamW([{"params": [self.parameters[name] for name in others]}], lr=0.0, eps=adamw.eps,
                                        betas=(adamw.beta1, adamw.beta2), weight_decay=adamw.weight_decay)
         for name in others:  # as AdamW itself would at its first step, so that every state has the same names

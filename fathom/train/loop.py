@@ -9,9 +9,10 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -28,10 +29,15 @@ from fathom.data.packing import Batch
 from fathom.errors import FathomError, RecipeError
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
+from fathom.optim.schedules import Attention
 from fathom.text.tokenizer import Tokenizer
+from fathom.train.finite import find_not_finite
 from fathom.train.objective import Losses, move_router_biases
+from fathom.train.phases import attending
 from fathom.train.qat import released_numbers
-from fathom.train.tracking import Tracker, draw_curve
+from fathom.train.stability import Guard, Stability
+from fathom.train.tracking import Tracker, Tracking, draw_curve
+from fathom.train.watch import Watch
 
 TRIAL_STEPS = 6
 
@@ -61,6 +67,8 @@ class Stage:
     bias_speed: Callable[[int], float]
     validate: Callable[[], float] | None  # bits per byte
     quantised: Callable[[int], bool]  # whether forward and backward see the released number formats
+    attention: Callable[[int], Attention] = lambda step: "sparse"
+    sample: Callable[[], list[dict[str, str]]] | None = None  # texts of the model as it is, written at checkpoints
 
 
 class Diverged(FathomError):
@@ -72,66 +80,113 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Optimizer, stage: Stage, steps: int,
-              start: int, settings: Loop, console: Console) -> None:
-    """Train from step `start` to `steps`, then draw the curve. Raises Stopped after a signal, with everything saved."""
+              start: int, settings: Loop, console: Console, guard: Guard | None = None, tracking: Tracking | None = None) -> None:
+    """Train from step `start` to `steps`, then draw the curve. Raises Stopped after a signal, with everything saved. Without a
+    `guard`, spikes are left alone; `tracking` says what is recorded beside the losses.
+    """
+    guard, tracking = guard or Guard(Stability(enabled=False)), tracking or Tracking()
+    watch = Watch(model, tracking.layers_every)
 
     def save(done: int) -> None:
-        state = TrainingState(done, optimizer.state_tensors(), random_state())
+        began = time.monotonic()
+        state = TrainingState(done, optimizer.state_tensors(), random_state(), guard.state_tensors())
         save_checkpoint(checkpoint_folder(run, done), model, tokenizer, state)
-        prune_checkpoints(run, settings.keep_checkpoints)
+        prune_checkpoints(run, settings.keep_checkpoints, settings.checkpoint_every)
+        tracker.record_checkpoint(done, time.monotonic() - began)
+        if stage.sample and tracking.prompts:
+            with _as_at(model, stage, done - 1):
+                tracker.record_samples(done, stage.sample())
+            model.train()
 
     model.train()
-    saved = start if list_checkpoints(run) else -1
-    with Tracker(run, steps, start, console) as tracker, _interrupts() as interrupted:
-        for step in range(start, steps):
+    saved, step = start if list_checkpoints(run) else -1, start
+    with Tracker(run, steps, start, console, tracking.tensorboard) as tracker, _interrupts() as interrupted:
+        while step < steps:
             began = time.monotonic()
-            metrics = _step(model, optimizer, stage, step, settings)
-            metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - began)
+            metrics = _step(model, optimizer, stage, step, settings, guard, watch)
+            metrics["seconds"] = time.monotonic() - began
+            metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
             done = step + 1
             tracker.record(done, metrics)
+            if guard.sees_spike(step, metrics["loss"], metrics["gradient_norm"], _kind(metrics, stage, step)):
+                step = _go_back(run, step, model, optimizer, settings, guard, tracker)
+                continue
             if stage.validate and (done % settings.validate_every == 0 or done == steps):
-                with _numbers(model, stage, step):
-                    tracker.record_validation(done, stage.validate())
+                _validate(model, stage, step, tracker)
                 draw_curve(run)
             if interrupted or done == steps or done % settings.checkpoint_every == 0:
                 save(saved := done)
             if interrupted and done < steps:
                 tracker.say(f"stopped after step {done}; everything is saved, --resume continues")
                 raise Stopped(interrupted[0])
+            step = done
         if saved < steps:
             save(steps)
+        tracker.summarise()
     draw_curve(run)
     model.eval()
 
 
 def seconds_a_step(model: Transformer, optimizer: Optimizer, stage: Stage, settings: Loop) -> float:
     """Median time of a training step on this machine, the first one not counted. Spoils the model: hand in a copy."""
-    seconds = []
+    seconds, guard, watch = [], Guard(Stability(enabled=False)), Watch(model, 0)
     for step in range(TRIAL_STEPS):
         began = time.monotonic()
-        _step(model, optimizer, stage, step, settings)
+        _step(model, optimizer, stage, step, settings, guard, watch)
         seconds.append(time.monotonic() - began)
     return statistics.median(seconds[1:])
 
 
-def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop) -> dict[str, float]:
+def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop, guard: Guard,
+          watch: Watch) -> dict[str, Any]:
+    """One step, with what it showed. Raises Diverged before anything is updated where a number is none."""
+    began, done = time.monotonic(), step + 1
     batch = stage.batch(step)
+    data_seconds = time.monotonic() - began
     optimizer.zero_grad()
-    with _numbers(model, stage, step):
-        losses = stage.loss(batch, step)
+    with _as_at(model, stage, step), guard.routing(model, step, lambda ahead: stage.loss(stage.batch(ahead), ahead)):
+        with watch.forward(done):
+            losses = stage.loss(batch, step)
         losses.total.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
-    if not (math.isfinite(norm) and all(map(math.isfinite, losses.parts.values()))):
-        raise Diverged(f"step {step + 1} gave loss {losses.parts['loss']} and gradient norm {norm}; nothing was updated: "
-                       "lower the learning rate and resume from the last checkpoint")
+        watch.before_update(done)
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
+        if not (math.isfinite(norm) and all(map(math.isfinite, losses.parts.values()))):
+            raise Diverged(f"step {done} gave loss {losses.parts['loss']} and gradient norm {norm}; the first number that is none is in "
+                           f"{find_not_finite(model, lambda: stage.loss(batch, step))}; nothing was updated: lower the learning "
+                           "rate and resume from the last checkpoint")
     rate = stage.rate(step)
     optimizer.step(rate)
+    seen = watch.figures(done, losses.observations, rate) or {}
     load = move_router_biases(model, losses.observations, stage.bias_speed(step))
-    return losses.parts | load | {"gradient_norm": norm, "rate": rate, "tokens": batch.tokens_BS.numel()}
+    return losses.parts | load | seen | {
+        "gradient_norm": norm, "rate": rate, "tokens": batch.tokens_BS.numel(), "length": batch.tokens_BS.shape[1],
+        "attention": stage.attention(step), "anticipates": int(guard.anticipates(step)), "data_seconds": data_seconds}
 
 
-def _numbers(model: Transformer, stage: Stage, step: int) -> AbstractContextManager[None]:
-    return released_numbers(model) if stage.quantised(step) else nullcontext()
+def _validate(model: Transformer, stage: Stage, step: int, tracker: Tracker) -> None:
+    began = time.monotonic()
+    with _as_at(model, stage, step):
+        score = stage.validate()
+    tracker.record_validation(step + 1, score, time.monotonic() - began)
+
+
+def _go_back(run: Path, step: int, model: Transformer, optimizer: Optimizer, settings: Loop, guard: Guard, tracker: Tracker) -> int:
+    """Leave a spike behind; the step to continue with."""
+    target = guard.roll_back(run, step, settings.checkpoint_every, model, optimizer)
+    tracker.record_spike(step + 1, target)
+    return step + 1 if target is None else target
+
+
+def _kind(metrics: dict[str, Any], stage: Stage, step: int) -> tuple[int, int]:
+    """What has to be alike for the losses of two steps to be compared: sequence length and attention."""
+    return metrics["length"], get_args(Attention).index(stage.attention(step))
+
+
+@contextmanager
+def _as_at(model: Transformer, stage: Stage, step: int) -> Iterator[None]:
+    """The number formats and the attention of a step."""
+    with released_numbers(model) if stage.quantised(step) else nullcontext(), attending(model, stage.attention(step)):
+        yield
 
 
 @contextmanager

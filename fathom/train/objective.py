@@ -3,7 +3,7 @@
 Also the one update without a gradient: moving the routers' selection bias against the load.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +38,10 @@ class Losses:
 
 
 def objective(model: Transformer, batch: Batch, weights: LossWeights, mtp_weight: float, phase: Phase) -> Losses:
-    """The training loss of a batch; every part is a mean over its own positions."""
+    """The training loss of a batch; every part is a mean over its own positions. In the phase "warmup" the indexer's divergence is all
+    there is to minimise (inside `phases.attending`), and the other parts are numbers for the log.
+    """
+    mtp_weight = 0.0 if phase == "warmup" else mtp_weight
     depths = len(model.mtp) if mtp_weight > 0 else 0
     targets_DBS = _shifted_targets(batch, depths)
     features = model.features(batch.tokens_BS, batch.positions_BS, _next_tokens(batch, depths), phase)
@@ -49,9 +52,11 @@ def objective(model: Transformer, batch: Batch, weights: LossWeights, mtp_weight
                   for depth, (hidden_BSW, target_BS) in enumerate(
                       zip(features.mtp_hidden, targets_DBS, strict=True))) / depths
         total, parts["mtp_loss"] = total + mtp_weight * mtp, mtp
-    auxiliary, more = auxiliary_losses(features.observations, weights)
+    warmup = phase == "warmup"
+    auxiliary, more = auxiliary_losses(features.observations, replace(weights, balance=0.0) if warmup else weights)
     parts |= more
-    return Losses(total + auxiliary, {name: float(part.detach()) for name, part in parts.items()}, features.observations)
+    total = auxiliary if warmup else total + auxiliary
+    return Losses(total, {name: float(part.detach()) for name, part in parts.items()}, features.observations)
 
 
 def auxiliary_losses(observations: list[Observation], weights: LossWeights) -> tuple[Tensor | float, dict[str, Tensor]]:

@@ -15,15 +15,25 @@ from fathom.data.corpora import read_documents, split_held_out
 from fathom.data.packing import PackedData
 from fathom.data.prepared import adopt
 from fathom.data.store import TokenStore, build_store
+from fathom.engine.engine import Engine
+from fathom.engine.sampler import Sampling
+from fathom.engine.settings import EngineSettings
 from fathom.errors import RecipeError
 from fathom.evals.perplexity import bits_per_byte, held_out_batches, token_byte_lengths
 from fathom.model.transformer import Transformer
-from fathom.optim.muon import AdamW, Muon, Optimizer
+from fathom.optim.muon import AdamW, Matrices, Muon, Optimizer
 from fathom.optim.schedules import Schedule
+from fathom.recipe import dump
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import LossWeights, objective
+from fathom.train.phases import check_phases
+from fathom.train.plan import Cost, Plan, cost, show
 from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
+from fathom.train.stability import Guard, Stability
+from fathom.train.tracking import Tracking
+
+SAMPLER = EngineSettings(cache_bytes=1 << 24, running=1, prefill_chunk=256, prefix_cache=False)
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Data:
     """What to train on: a corpus of `fathom data prepare`, or, for small ones, sources that are read at once.
 
     Relative sources start at the recipe's folder, `prepared` where the command runs. `tokenizer`, of sources: "train",
-    "official" or a folder.
+    "official" or a folder. Validation reads rows of `validation_length` tokens, by default the longest of the schedule's.
     """
 
     sources: tuple[str, ...] = ()
@@ -40,10 +50,13 @@ class Data:
     held_out: float = 0.05
     piece_bytes: int = 8192
     validation_tokens: int = 32768
+    validation_length: int | None = None
 
     def __post_init__(self):
         if bool(self.sources) == bool(self.prepared):
             raise RecipeError("give either sources (at least one file, folder or package:NAME) or prepared, a corpus's folder")
+        if self.validation_length is not None and self.validation_length < 1:
+            raise RecipeError(f"validation_length is {self.validation_length}; allowed: at least 1")
         if not 0 < self.held_out < 1:
             raise RecipeError(f"held_out is {self.held_out}; allowed: above 0, below 1")
         if self.piece_bytes < 1 or self.validation_tokens < 1:
@@ -52,27 +65,32 @@ class Data:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """A pre-training run. `model` is a preset or a config.json; `minutes`, if given, replaces the schedule's steps by
-    as many as this machine does in that time, measured before the run (warm-up and decay keep their shares).
+    """A pre-training run. `model` is a preset or a config.json; `attention` and `kv_heads` replace its attention by a baseline's (such as
+    "gqa"), to compare with. `optimizer` "adamw" moves the matrices too with AdamW, for the same purpose. `minutes`, if given,
+    replaces the schedule's steps by as many as this machine does in that time, measured before the run (all counts of steps keep
+    their shares).
     """
 
     run: str
     data: Data
     schedule: Schedule
     model: str = "tiny"
+    attention: str | None = None
+    kv_heads: int | None = None
     seed: int = 0
     minutes: float | None = None
-    dense_steps: int = 0  # of attention to all visible entries, before the indexer selects
+    optimizer: Matrices = "muon"
     losses: LossWeights = field(default_factory=LossWeights)
     muon: Muon = field(default_factory=Muon)
     adamw: AdamW = field(default_factory=AdamW)
     loop: Loop = field(default_factory=Loop)
+    stability: Stability = field(default_factory=Stability)
+    tracking: Tracking = field(default_factory=Tracking)
+    plan: Plan = field(default_factory=Plan)
 
     def __post_init__(self):
         if self.minutes is not None and self.minutes <= 0:
             raise RecipeError(f"minutes is {self.minutes}; allowed: above 0")
-        if self.dense_steps < 0:
-            raise RecipeError(f"dense_steps is {self.dense_steps}; allowed: at least 0")
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ class Corpus:
 def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Path:
     """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
     run = Path(recipe.run)
-    config = _config(recipe.model, root)
+    config = model_config(recipe, root)
     state = None
     if resume:
         recipe = resumed_recipe(run, recipe)
@@ -100,31 +118,54 @@ def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Pa
         corpus = _prepare(recipe.data, config, run, root, console)
         model = Transformer(config).initialise(recipe.seed)
     _check_vocabulary(corpus.tokenizer, config)
-    optimizer = restored(Optimizer(model.named_parameters(), config, recipe.muon, recipe.adamw), state)
+    check_phases(model, {recipe.schedule.attention_at(first) for first, _ in recipe.schedule.segments()})
+    optimizer = restored(Optimizer(model.named_parameters(), config, recipe.muon, recipe.adamw, recipe.optimizer), state)
     _describe(recipe, config, corpus, console)
     if recipe.minutes and not resume:
         recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, corpus), console)
-    stage = _stage(recipe, model, corpus)
-    run_stage(run, model, corpus.tokenizer, optimizer, stage, recipe.schedule.steps, state.step if state else 0,
-              recipe.loop, console)
+    guard = Guard(recipe.stability)
+    guard.load_state_tensors(state.guard if state else {})
+    run_stage(run, model, corpus.tokenizer, optimizer, _stage(recipe, model, corpus), recipe.schedule.steps,
+              state.step if state else 0, recipe.loop, console, guard, recipe.tracking)
     return run
 
 
+def dry_run(recipe: Pretrain, root: Path, console: Console) -> Cost:
+    """Print the resolved recipe and what it comes to, without data, weights or a run folder."""
+    config = model_config(recipe, root)
+    found = cost(config, recipe.schedule, recipe.plan, recipe.muon, recipe.adamw, recipe.optimizer)
+    show(dump(recipe), config, recipe.plan, found, console)
+    return found
+
+
 def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus) -> Stage:
-    schedule, pad_id = recipe.schedule, corpus.tokenizer.pad_id
+    schedule, pad_id, data = recipe.schedule, corpus.tokenizer.pad_id, recipe.data
     packed = {length: PackedData(corpus.train, length, recipe.seed, pad_id) for length in schedule.lengths}
-    validation = held_out_batches(corpus.held_out, schedule.lengths[-1], pad_id, recipe.data.validation_tokens)
+    validation = held_out_batches(corpus.held_out, data.validation_length or schedule.lengths[-1], pad_id, data.validation_tokens)
     byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size)
     return Stage(
         batch=lambda step: packed[schedule.length_at(step)].rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
-        loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step),
-                                           "dense" if step < recipe.dense_steps else "sparse"),
-        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at,
-        validate=lambda: bits_per_byte(model, validation, byte_lengths_V))
+        loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), schedule.attention_at(step)),
+        rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at, attention=schedule.attention_at,
+        validate=lambda: bits_per_byte(model, validation, byte_lengths_V),
+        sample=lambda: continuations(model, corpus.tokenizer, recipe.tracking))
 
 
-def _config(model: str, root: Path) -> ModelConfig:
-    return ModelConfig.preset(model) if model in PRESETS else ModelConfig.load(root / model)
+def continuations(model: Transformer, tokenizer: Tokenizer, tracking: Tracking) -> list[dict[str, str]]:
+    """How the model greedily continues each of the run's prompts."""
+    engine = Engine(model, tokenizer, settings=SAMPLER)
+    sampling = Sampling(temperature=0, max_tokens=tracking.sample_tokens)
+    try:
+        return [{"prompt": prompt, "text": "".join(engine.text(prompt, sampling))} for prompt in tracking.prompts]
+    finally:
+        engine.close()
+
+
+def model_config(recipe: Pretrain, root: Path) -> ModelConfig:
+    """The config of the model that a recipe trains."""
+    config = ModelConfig.preset(recipe.model) if recipe.model in PRESETS else ModelConfig.load(root / recipe.model)
+    changes = {"attention": recipe.attention, "num_key_value_heads": recipe.kv_heads}
+    return ModelConfig.from_dict(config.to_dict() | {name: value for name, value in changes.items() if value is not None})
 
 
 def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> Corpus:

@@ -40,10 +40,11 @@ def start_run(run: Path, recipe: Any) -> None:
 def fit_minutes(recipe: Recipe, model: Transformer, stage_of: Callable[[Transformer], Stage],
                 console: Console) -> Recipe:
     """The recipe with as many steps as this machine does in its minutes, timed on a copy of the model and stored with
-    the run; warm-up and decay keep their shares.
+    the run; all counts of steps keep their shares.
     """
     trial = copy.deepcopy(model)
-    optimizer = Optimizer(trial.named_parameters(), trial.config, recipe.muon, recipe.adamw)
+    matrices = getattr(recipe, "optimizer", "muon")
+    optimizer = Optimizer(trial.named_parameters(), trial.config, recipe.muon, recipe.adamw, matrices)
     seconds = seconds_a_step(trial, optimizer, stage_of(trial), recipe.loop)
     steps = max(MIN_STEPS, round(recipe.minutes * 60 / seconds))
     console.print(f"{seconds:.2f} s a step: {steps} steps in {recipe.minutes:g} minutes", soft_wrap=True)

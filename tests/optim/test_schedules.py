@@ -62,7 +62,43 @@ def test_first_row_counts_the_rows_of_all_earlier_steps_of_this_length(ramp, fir
         taken += schedule.batch_rows_at(step)
 
 
+@given(st.integers(0, 90), st.integers(0, 300), st.integers(1, 40), st.integers(0, 30), st.integers(0, 30))
+def test_the_tokens_of_the_segments_are_those_of_all_steps(ramp, first_tokens, second_start, dense, warmup):
+    schedule = Schedule(steps=70, batch_tokens=300, first_batch_tokens=first_tokens, batch_ramp_steps=ramp, lengths=(8, 32),
+                        length_starts=(0, second_start), warmup_steps=0, dense_steps=dense + 1, indexer_warmup_steps=warmup)
+    assert schedule.tokens == sum(schedule.batch_rows_at(step) * schedule.length_at(step) for step in range(70))
+    segments = schedule.segments()
+    assert [first for first, _ in segments[1:]] == [end for _, end in segments[:-1]]
+    assert segments[0][0] == 0 and segments[-1][1] == 70
+    for first, end in segments:
+        steps = range(first, end)
+        assert len({(schedule.length_at(step), schedule.attention_at(step)) for step in steps}) == 1
+        assert schedule.tokens_in(first, end) == sum(schedule.batch_rows_at(step) * schedule.length_at(step) for step in steps)
+
+
+def test_attention_is_dense_then_the_indexer_learns_alone_then_it_selects():
+    schedule = dataclasses.replace(SCHEDULE, dense_steps=30, indexer_warmup_steps=5, indexer_warmup_rate=0.02)
+    assert [schedule.attention_at(step) for step in (0, 29, 30, 34, 35, 99)] == [
+        "dense", "dense", "warmup", "warmup", "sparse", "sparse"]
+    assert [schedule.rate_at(step) for step in (29, 30, 34, 35)] == [1.0, 0.02, 0.02, 1.0]
+    assert [schedule.bias_speed_at(step) for step in (29, 30, 34, 35)] == [0.001, 0.0, 0.0, 0.001]
+    assert SCHEDULE.attention_at(0) == "sparse"
+
+
+def test_the_decay_can_be_linear():
+    schedule = dataclasses.replace(SCHEDULE, decay_shape="linear")
+    assert [schedule.rate_at(step) for step in (79, 84, 89, 99)] == pytest.approx([1.0, 0.775, 0.55, 0.1])
+
+
+def test_scaled_to_other_steps_everything_keeps_its_share():
+    schedule = dataclasses.replace(SCHEDULE, dense_steps=40, indexer_warmup_steps=10, quantise_from=90).scaled_to(50)
+    assert (schedule.steps, schedule.dense_steps, schedule.indexer_warmup_steps, schedule.length_starts, schedule.quantise_from,
+            schedule.warmup_steps, schedule.decay_steps, schedule.batch_ramp_steps) == (50, 20, 5, (0, 25), 45, 5, 10, 5)
+
+
 @pytest.mark.parametrize("change, name", [
+    (dict(dense_steps=-1), "dense_steps"), (dict(indexer_warmup_steps=5), "indexer_warmup_steps"),
+    (dict(dense_steps=5, indexer_warmup_steps=-1), "indexer_warmup_steps"), (dict(indexer_warmup_rate=0.0), "indexer_warmup_rate"),
     (dict(steps=0), "steps"), (dict(batch_tokens=0), "batch_tokens"),
     (dict(first_batch_tokens=801), "first_batch_tokens"), (dict(batch_ramp_steps=-1), "batch_ramp_steps"),
     (dict(lengths=()), "lengths"), (dict(lengths=(64, 16)), "lengths"),

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fathom.data.packing import Batch
+from fathom.errors import RecipeError
 from fathom.ops import IGNORE
 from fathom.train.objective import LossWeights, move_router_biases, objective
+from fathom.train.phases import attending, check_phases
 from tests.models import random_model, random_tokens, small_config
 
 CONFIG = small_config([0, 4, 16], sliding_window=16, index_topk=4)
@@ -47,13 +49,12 @@ def test_mtp_loss_predicts_the_token_after_the_next_one_inside_its_document(mode
     assert losses.parts["mtp_loss"] == pytest.approx(nll / count, abs=1e-5)
 
 
-@pytest.mark.parametrize("phase", ["dense", "sparse"])
-def test_the_indexer_learns_only_from_its_own_loss_and_gives_no_gradient_to_the_rest(model, phase):
+def test_the_indexer_learns_only_from_its_own_loss_and_gives_no_gradient_to_the_rest(model):
     data = batch([64])
     gradients = {}
     for weight in (0.0, 1.0):
         model.zero_grad()
-        objective(model, data, LossWeights(indexer=weight), 0.3, phase).total.backward()
+        objective(model, data, LossWeights(indexer=weight), 0.3, "sparse").total.backward()
         gradients[weight] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     for name, with_loss in gradients[1.0].items():
         if ".indexer." in name:
@@ -68,18 +69,61 @@ def test_every_parameter_gets_a_gradient(model):
     assert [name for name, parameter in model.named_parameters() if not parameter.grad.abs().max() > 0] == []
 
 
+@pytest.mark.parametrize("recompute_above", [10_000, 10])
+def test_in_the_warm_up_nothing_but_the_indexer_gets_a_gradient_and_its_divergence_is_of_all_visible_entries(
+        model, monkeypatch, recompute_above):
+    monkeypatch.setattr(type(model), "recompute_above", recompute_above)
+    data = batch([64])
+    model.zero_grad()
+    with attending(model, "warmup"):
+        losses = objective(model, data, LossWeights(), 0.3, "warmup")
+        losses.total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == (".indexer." in name), name
+    assert losses.parts["loss"] == objective(model, data, LossWeights(), 0.3, "dense").parts["loss"]
+    assert losses.total.item() == pytest.approx(2 * losses.parts["indexer_loss"])  # two layers have one
+    assert losses.parts["indexer_loss"] != objective(model, data, LossWeights(), 0.0, "sparse").parts["indexer_loss"]
+
+
+def test_dense_attention_leaves_the_indexer_alone(model):
+    model.zero_grad()
+    losses = objective(model, batch([64]), LossWeights(), 0.3, "dense")
+    losses.total.backward()
+    assert "indexer_loss" not in losses.parts
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == {
+        name for name, _ in model.named_parameters() if ".indexer." in name}
+
+
+def test_until_the_indexer_selects_inference_reads_every_visible_entry(model):
+    data = batch([64])
+    dense = objective(model, data, LossWeights(), 0.0, "dense").parts["loss"]
+    with attending(model, "dense"), torch.no_grad():
+        logits = model(data.tokens_BS, position_BS=data.positions_BS).logits
+    with torch.no_grad():
+        selected = model(data.tokens_BS, position_BS=data.positions_BS).logits
+    assert torch.nn.functional.cross_entropy(logits[0], data.targets_BS[0]).item() == pytest.approx(dense, abs=1e-5)
+    assert not torch.allclose(selected, logits)
+
+
+def test_a_warm_up_without_an_indexer_is_refused():
+    with pytest.raises(RecipeError, match="no layer with an indexer"):
+        check_phases(random_model(small_config([0, 128])), {"dense", "warmup", "sparse"})
+
+
 def test_training_the_indexer_alone_lowers_its_divergence():
     model = random_model(CONFIG)
     data = batch([200])
     indexer = [parameter for name, parameter in model.named_parameters() if ".indexer." in name]
     optimizer = torch.optim.Adam(indexer, lr=0.01)
     divergence = []
-    for _ in range(30):
-        losses = objective(model, data, LossWeights(), 0.0, "dense")
-        divergence.append(losses.parts["indexer_loss"])
-        model.zero_grad()
-        losses.total.backward()
-        optimizer.step()
+    with attending(model, "warmup"):
+        for _ in range(30):
+            losses = objective(model, data, LossWeights(), 0.0, "warmup")
+            divergence.append(losses.parts["indexer_loss"])
+            model.zero_grad()
+            losses.total.backward()
+            optimizer.step()
     assert divergence[-1] < 0.7 * divergence[0]
 
 

@@ -29,7 +29,7 @@ def start(recipe, *options):
 
 
 def wait_for_step(run, step):
-    for _ in range(3000):
+    for _ in range(30_000):
         if (run / "metrics.jsonl").exists() and any(
                 json.loads(line)["step"] >= step for line in (run / "metrics.jsonl").read_text().splitlines()
                 if line.endswith("}")):
