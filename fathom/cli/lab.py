@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fathom.cli.options import OutOption
+from fathom.cli.options import OutOption, SetOption
 
 lab = typer.Typer(help="Recompute what the report claims.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -38,3 +38,31 @@ def lab_price(conversations: Annotated[int, typer.Option(help="How many conversa
 
     workload = Workload(conversations, turns, prompt, message, answer, shared)
     run_price(workload, prices, hour, read, write, Console())
+
+
+@lab.command("run", epilog="Example:  fathom lab run list   or   fathom lab run muon --jobs 2   or   fathom lab run all")
+def lab_run(name: Annotated[str, typer.Argument(metavar="NAME|all|list", help="An experiment.")],
+            jobs: Annotated[int, typer.Option(help="Runs at a time, each with one thread.")] = 2,
+            out: Annotated[Path, typer.Option(help="Folder of the runs; those finished are kept.")] = Path("runs/lab"),
+            recipe: Annotated[Path, typer.Option(help="The base that variants change.")] = Path("recipes/lab.toml"),
+            set_: SetOption = None) -> None:
+    """Train the variants of an experiment and judge its claim. Ctrl-C saves and stops; the same command goes on."""
+    from rich.console import Console
+
+    from fathom.lab.claims import run_experiments, show_list
+
+    if name == "list":
+        show_list(Console())
+    else:
+        run_experiments(name, out, recipe, set_ or [], jobs, Console())
+
+
+@lab.command("report", epilog="Example:  fathom lab report --out docs/claims")
+def lab_report(runs: Annotated[Path, typer.Option(help="Folder of `fathom lab run`.")] = Path("runs/lab"),
+               out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("docs/claims")) -> None:
+    """Write all claims with verdicts, plots and commands as one HTML page and as Markdown."""
+    from rich.console import Console
+
+    from fathom.lab.claims_page import write_report
+
+    write_report(runs, out, Console())
