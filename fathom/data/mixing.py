@@ -43,10 +43,9 @@ def choose(sources: Sequence[Source], parts: Sequence[Part], *, near: float, hel
     kept = [~(one | other) for one, other in zip(np.split(exact, borders), np.split(alike, borders), strict=True)]
     held = [_held_out(part.digests, keep, held_out) for part, keep in zip(parts, kept, strict=True)]
     if not any(map(np.any, held)) and sum(map(np.sum, kept)) > 1:
-        whole = np.concatenate(kept)
-        least = np.flatnonzero(whole)[np.argmin(digests[whole])]
-        for mask, offset in zip(held, (0, *borders), strict=True):
-            mask[least - offset:least - offset + 1] |= 0 <= least - offset < len(mask)
+        whole = np.flatnonzero(np.concatenate(kept))
+        alone = np.arange(len(digests)) == whole[np.argmin(digests[whole])]
+        held = np.split(alone, borders)
     trained = [keep & ~mask for keep, mask in zip(kept, held, strict=True)]
     copies = _copies(sources, parts, trained, repeat, train_bytes)
     choices = []

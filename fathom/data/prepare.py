@@ -173,6 +173,7 @@ def _tokenise(recipe: Prepare, work: Path, parts: list[Part], choices: list[Choi
                 held = Contained.of(_held_texts(recipe.sources, parts, choices))
             tokenise_part(folders[-1], part, choice, tokenizer, rates, None if source.synthetic else held, key,
                           lambda size: bar.advance(task, size))
+            console.print(f"tokenised {source.path}", soft_wrap=True)
     return folders
 
 
