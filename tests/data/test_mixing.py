@@ -80,14 +80,17 @@ def test_sources_have_their_shares_of_the_bytes(weights, repeat, train_bytes):
     parts = [part(texts_of("a", 900, 3)), part(texts_of("b", 500, 2))]
     choices = chosen(parts, weights, repeat=repeat, train_bytes=train_bytes)
     trained = [int((p.sizes * choice.copies).sum()) for p, choice in zip(parts, choices, strict=True)]
-    have = [int((p.sizes * ~choice.held_out).sum()) for p, choice in zip(parts, choices, strict=True)]
+    aside = [choice.lost.bytes["held out beyond its share"] for choice in choices]
+    have = [int((p.sizes * ~choice.held_out).sum()) - out for p, choice, out in zip(parts, choices, aside, strict=True)]
+    held = [int(p.sizes[choice.held_out].sum()) for p, choice in zip(parts, choices, strict=True)]
+    assert held[0] / sum(held) == pytest.approx(weights[0] / sum(weights), abs=0.05) and 0 in aside
     expected = train_bytes or min(repeat * size * sum(weights) / weight for size, weight in zip(have, weights, strict=True))
     assert sum(trained) == pytest.approx(expected, abs=50)
     assert trained[0] / sum(trained) == pytest.approx(weights[0] / sum(weights), abs=0.003)
     for choice in choices:
-        assert choice.copies.max() <= np.ceil(repeat) and np.ptp(choice.copies[~choice.held_out]) <= 1
+        assert choice.copies.max() <= np.ceil(repeat) and not choice.copies[choice.held_out].any()
         left = ((choice.copies == 0) & ~choice.held_out).sum()
-        assert choice.lost.documents["beyond its share of the mix"] == left
+        assert choice.lost.documents["beyond its share of the mix"] + choice.lost.documents["held out beyond its share"] == left
 
 
 def test_a_share_that_cannot_be_filled_names_the_scarce_source():
