@@ -9,7 +9,7 @@ import numpy as np
 from fathom.text.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
 
 MIDDLES = (FIM_BEGIN, FIM_HOLE, FIM_END)  # each stands before prefix, suffix and middle
-PIECE = 1 << 20  # characters of a text that the tokenizer gets at once
+PIECE = 1 << 19  # characters of a text that the tokenizer gets at once
 
 
 def fill_in_the_middle(text: str, rng: np.random.Generator) -> tuple[str, str, str]:

@@ -29,8 +29,9 @@ def choose(sources: Sequence[Source], parts: Sequence[Part], *, near: float, hel
            train_bytes: int | None) -> list[Choice]:
     """A Choice for every part. `near`: the likeness from which on a document is a copy, 0 to not look.
 
-    Of equal and of alike documents the first stays. A document is held out by the hash of its text, whatever else the
-    corpus holds, but at least one of every source of EACH_SOURCE documents. DataError if nothing is left to train on.
+    Of equal and of alike documents the first stays. A document is kept from training by the hash of its text, whatever
+    else the corpus holds, but at least one of every source of EACH_SOURCE documents; where sources have weights, as many
+    of these are held out as have the same shares. DataError if nothing is left to train on.
     """
     borders = np.cumsum([len(part.digests) for part in parts])[:-1]
     digests = np.concatenate([part.digests for part in parts])
@@ -43,17 +44,18 @@ def choose(sources: Sequence[Source], parts: Sequence[Part], *, near: float, hel
     kept = [~(one | other) for one, other in zip(np.split(exact, borders), np.split(alike, borders), strict=True)]
     held = [_held_out(part.digests, keep, held_out) for part, keep in zip(parts, kept, strict=True)]
     if not any(map(np.any, held)) and sum(map(np.sum, kept)) > 1:
-        whole = np.concatenate(kept)
-        least = np.flatnonzero(whole)[np.argmin(digests[whole])]
-        for mask, offset in zip(held, (0, *borders), strict=True):
-            mask[least - offset:least - offset + 1] |= 0 <= least - offset < len(mask)
+        whole = np.flatnonzero(np.concatenate(kept))
+        alone = np.arange(len(digests)) == whole[np.argmin(digests[whole])]
+        held = np.split(alone, borders)
     trained = [keep & ~mask for keep, mask in zip(kept, held, strict=True)]
     copies = _copies(sources, parts, trained, repeat, train_bytes)
+    tested = _tested(sources, parts, held)
     choices = []
-    for part, gone, twin, train, count, mask in zip(parts, np.split(exact, borders), np.split(alike, borders), trained, copies, held,
-                                                    strict=True):
+    for part, gone, twin, train, count, aside, mask in zip(parts, np.split(exact, borders), np.split(alike, borders), trained, copies, held,
+                                                           tested, strict=True):
         lost = Losses()
-        for reason, which in (("exact duplicate", gone), ("near duplicate", twin), ("beyond its share of the mix", train & (count == 0))):
+        for reason, which in (("exact duplicate", gone), ("near duplicate", twin), ("beyond its share of the mix", train & (count == 0)),
+                              ("held out beyond its share", aside & ~mask)):
             for size in part.sizes[which].tolist():
                 lost.add(reason, size)
         choices.append(Choice(count, mask, lost))
@@ -85,12 +87,33 @@ def _copies(sources: Sequence[Source], parts: Sequence[Part], trained: list[np.n
     return [_part_copies(part, mask, size, share * total) for part, mask, size, share in zip(parts, trained, have, shares, strict=True)]
 
 
+def _tested(sources: Sequence[Source], parts: Sequence[Part], held: list[np.ndarray]) -> list[np.ndarray]:
+    """The documents kept from training that are stored as held out: all, or as many as have the shares of the mix."""
+    have = [int(part.sizes[mask].sum()) for part, mask in zip(parts, held, strict=True)]
+    if sources[0].weight is None or not any(have):
+        return held
+    total = min(size / source.weight for source, size in zip(sources, have, strict=True) if size)
+    tested = []
+    for source, part, mask in zip(sources, parts, held, strict=True):
+        order = _by_chance(part, mask)
+        sizes = part.sizes[order]
+        wanted = np.cumsum(sizes) - sizes // 2 <= source.weight * total
+        wanted[:1] = True
+        tested.append(np.isin(np.arange(len(mask)), order[wanted]))
+    return tested
+
+
+def _by_chance(part: Part, chosen: np.ndarray) -> np.ndarray:
+    """The chosen documents in an order that depends on their texts alone."""
+    order = np.argsort(part.digests * np.uint64(0x9E3779B97F4A7C15), kind="stable")
+    return order[chosen[order]]
+
+
 def _part_copies(part: Part, trained: np.ndarray, have: int, wanted: float) -> np.ndarray:
     """Whole copies of all documents, and one more of as many, in an order by digest, as come nearest to `wanted` bytes."""
     whole, rest = (int(amount) for amount in divmod(wanted, have))
     copies = trained * whole
-    order = np.argsort(part.digests * np.uint64(0x9E3779B97F4A7C15), kind="stable")
-    order = order[trained[order]]
+    order = _by_chance(part, trained)
     sizes = part.sizes[order]
     copies[order[np.cumsum(sizes) - sizes // 2 <= rest]] += 1
     return copies

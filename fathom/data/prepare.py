@@ -12,6 +12,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,15 +84,18 @@ def prepare(recipe: Prepare, recipe_folder: Path, console: Console) -> Path:
     DataError names the source that is missing or empty, or says that `out` holds something else.
     """
     out, root, start = Path(recipe.out), Path(recipe.root) if recipe.root else recipe_folder, time.monotonic()
-    evaluation = {name: sha256(root / name) for name in recipe.decontaminate if _exists(root / name)}
-    given = [inputs(source, root) for source in recipe.sources]
+    try:
+        evaluation = {name: sha256(root / name) for name in recipe.decontaminate if _exists(root / name)}
+        given = [inputs(source, root) for source in recipe.sources]
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}; check the file and its permissions") from error
     key = _key(FORMAT, _content(recipe), given, evaluation, _versions())
     if out.exists():
         if _manifest_key(out) == key:
             console.print(f"{out} is up to date", soft_wrap=True)
             return out
         raise DataError(f"{out} holds something else than this recipe and its inputs give; delete it, or choose another out")
-    with workshop(out) as work:
+    with workshop(out) as work, _farewell(console):
         parts = _read(recipe, root, work, given, evaluation, console)
         choices = choose(recipe.sources, parts, near=recipe.near_duplicates, held_out=recipe.held_out, repeat=recipe.repeat,
                          train_bytes=recipe.train_bytes)
@@ -173,6 +177,7 @@ def _tokenise(recipe: Prepare, work: Path, parts: list[Part], choices: list[Choi
                 held = Contained.of(_held_texts(recipe.sources, parts, choices))
             tokenise_part(folders[-1], part, choice, tokenizer, rates, None if source.synthetic else held, key,
                           lambda size: bar.advance(task, size))
+            console.print(f"tokenised {source.path}", soft_wrap=True)
     return folders
 
 
@@ -265,11 +270,19 @@ def _bar(console: Console) -> Progress:
                     disable=not console.is_terminal, transient=True)
 
 
-class _space:
+@contextmanager
+def _space() -> Iterator[None]:
     """A folder that cannot be written is the user's to know, in one line."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise DataError(f"{error}; free some space or choose another out") from error
 
-    def __enter__(self) -> None: ...
 
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, CheckpointError):
-            raise DataError(f"{error}; free some space or choose another out") from error
+@contextmanager
+def _farewell(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on with what is finished", soft_wrap=True)
+        raise

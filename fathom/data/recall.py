@@ -61,11 +61,15 @@ def recall_document(rng: random.Random, length: int, facts: int = 4, filler: Seq
 
 
 def recall_texts(seed: int, shortest: int = 400, longest: int = 60000) -> Iterator[str]:
-    """Endless documents, their lengths log-uniform between both bounds (characters), 1 to 8 facts each."""
+    """Endless documents between both lengths (characters), 1 to 8 facts each.
+
+    Their lengths are drawn so that every doubling of the length holds as much text: many short ones, few long ones.
+    """
     rng = random.Random(seed)
     while True:
-        length = round(shortest * (longest / shortest) ** rng.random())
-        yield recall_document(rng, length, facts=min(8, max(1, rng.randint(1, 1 + length // 800))))
+        share = rng.random()
+        length = round(1 / (share / shortest + (1 - share) / longest))
+        yield recall_document(rng, length, facts=min(8, rng.randint(1, 1 + length // 400)))
 
 
 def _sentences(rng: random.Random, filler: Sequence[str] | None) -> Iterator[str]:

@@ -21,7 +21,7 @@ from fathom.files import new_folder
 from fathom.text.tokenizer import Tokenizer
 
 STORES = ("train", "held_out", "long")
-BATCH = 1 << 22  # characters handed to the tokenizer at once
+BATCH = 1 << 20  # characters handed to the tokenizer at once
 COPIED = 0.5  # share of a document's 13-grams in held-out text from which on it counts as a copy
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fathom.data.packing import PackedData, best_fit
@@ -112,6 +112,40 @@ def test_short_documents_pack_with_little_padding():
     assert data.efficiency > 0.99
     batch = epoch_of(data)
     assert data.efficiency == pytest.approx((batch.targets_BS != IGNORE).double().mean().item())
+
+
+def realistic(rng, kind):
+    """Lengths in tokens as corpora have them: log-normal, with novels, or with many tiny files."""
+    if kind == "web":
+        return rng.lognormal(6.3, 1.1, 6000).astype(int) + 2
+    if kind == "novels and code":
+        return np.concatenate([rng.integers(60_000, 400_000, 20), rng.lognormal(7.2, 1.2, 3000).astype(int) + 2])
+    return np.concatenate([rng.integers(3, 40, 8000), rng.lognormal(8, 1, 300).astype(int) + 2])
+
+
+@pytest.mark.parametrize("S", [1024, 4096])
+@pytest.mark.parametrize("kind", ["web", "novels and code", "tiny files and papers"])
+def test_realistic_lengths_fill_more_than_97_percent_and_documents_that_fit_stay_whole(kind, S):
+    lengths = realistic(np.random.default_rng(1), kind)
+    data = PackedData(stream(lengths.tolist()), S, 0, PAD)
+    assert data.efficiency > 0.97
+    pieces = sum(-(-(length - 1) // S) for length in lengths.tolist())
+    starts = sum(((batch := data.rows(first, 64)).positions_BS.eq(0) & batch.targets_BS.ne(IGNORE)).sum().item()
+                 for first in range(0, data.rows_in_epoch(0) // 64 * 64, 64))
+    rest = data.rows(data.rows_in_epoch(0) // 64 * 64, data.rows_in_epoch(0) % 64)
+    assert starts + (rest.positions_BS.eq(0) & rest.targets_BS.ne(IGNORE)).sum().item() == pieces  # no more cuts than S asks for
+
+
+@settings(deadline=None, max_examples=40)
+@given(LENGTHS, st.integers(1, 24), st.integers(1, 4), st.integers(1, 4), st.integers(0, 12))
+def test_ranks_and_a_resumed_run_read_the_rows_of_one_process(lengths, S, ranks, rows_a_rank, steps):
+    """A rank reads its part of each global batch; whatever the number of ranks, and wherever a run begins again, it is the same."""
+    alone = PackedData(stream(lengths), S, 7, PAD)
+    whole = alone.batch(steps, ranks * rows_a_rank)
+    resumed = PackedData(stream(lengths), S, 7, PAD)
+    parts = [resumed.rows((steps * ranks + rank) * rows_a_rank, rows_a_rank) for rank in reversed(range(ranks))][::-1]
+    assert all(torch.equal(torch.cat(pieces), joined)
+               for pieces, joined in zip(zip(*map(astuple, parts), strict=True), astuple(whole), strict=True))
 
 
 def test_batch_is_int64_and_reads_small_integers_without_overflow():

@@ -49,3 +49,9 @@ def test_given_filler_is_used_in_order():
 def test_same_seed_same_documents_and_another_seed_others():
     first, again, other = (list(itertools.islice(recall_texts(seed, 400, 4000), 20)) for seed in (0, 0, 1))
     assert first == again != other and len(set(first)) == 20
+
+
+def test_every_doubling_of_the_length_holds_about_as_much_text():
+    texts = list(itertools.islice(recall_texts(0, 400, 6400), 2000))
+    octaves = [sum(len(text) for text in texts if low <= len(text) < 2 * low) for low in (800, 1600, 3200)]
+    assert max(octaves) < 1.5 * min(octaves)
