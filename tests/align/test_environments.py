@@ -14,10 +14,12 @@ from fathom.align.environments.base import EFFORTS, SEEDS, Task, assistant, tool
 from fathom.align.environments.code import CodeEnvironment, code_of
 from fathom.align.environments.instructions import broken_constraint
 from fathom.align.environments.instructions import question as asked
-from fathom.align.environments.math import number, same_value
+from fathom.align.environments.judging import JudgingEnvironment
+from fathom.align.environments.math import MathEnvironment, number, same_value
 from fathom.align.sandbox import Program, Sandbox, SandboxError
 from fathom.align.sft import Sft, conversations, examples
 from fathom.align.solved import solved, write_solved
+from fathom.data.questions import is_held_out
 from fathom.errors import InputError
 from fathom.optim.schedules import Schedule
 from fathom.text import chat
@@ -365,6 +367,43 @@ def test_repeating_the_instructions_earns_nothing(domains):
         assert asked(task.facts) == task.question
         for content in (task.question, ", ".join(task.facts["words"]), "yes", "\n".join(["Here:", *task.facts["words"], "Done."])):
             assert domains["instructions"].score(task, [assistant(content)]).reward == 0
+
+
+# Judging
+
+
+def test_verdicts_are_true_and_balanced(domains):
+    judging, found = domains["judging"], []
+    for task in tasks(judging, 40):
+        facts = task.facts
+        assert facts["answer"] in task.question and facts["question"] in task.question
+        found.append(facts["met"])
+        for content, reward in (("yes", facts["met"]), ("No.", not facts["met"]), (" YES ", facts["met"])):
+            assert judging.score(task, [assistant(content)]).reward == reward
+    assert 0.4 < sum(found) / len(found) < 0.6
+
+
+def test_truth_of_a_verdict_is_the_judged_domains_own_score():
+    math = MathEnvironment(kinds=("chain", "expression", "story"))  # whose last step is their answer
+    judging = JudgingEnvironment([math])
+    seen = set()
+    for seed in range(60):
+        task = judging.task(seed, "train", 1)
+        result = task.facts["high"].partition(" So ")[0].rsplit(" = ", 1)[1].removesuffix(".")
+        twin = Task("math", "train", 0, 1, [{"role": "user", "content": task.facts["question"]}], {"answer": result})
+        assert math.score(twin, [assistant(task.facts["answer"])]).reward == task.facts["met"]
+        seen.add(task.facts["met"])
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("content", ["yes and no", "yes no", "", "maybe", "yes, because", "1", "The answer is yes"])
+def test_a_judge_that_hedges_earns_nothing(domains, content):
+    assert all(domains["judging"].score(task, [assistant(content)]).reward == 0 for task in tasks(domains["judging"], 2))
+
+
+def test_a_judged_question_is_on_its_domains_own_side(domains):
+    for task in tasks(domains["judging"], 30):
+        assert is_held_out(task.facts["question"]) == (task.split == "held_out")
 
 
 # Demonstrations as a file
