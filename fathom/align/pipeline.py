@@ -157,6 +157,8 @@ def _score(recipe: Pipeline, stage: StageCommand) -> StageCommand:
 class Runner:
     """Runs stages in processes, `workers` at a time, each with one thread, and remembers in markers which are done."""
 
+    program = (sys.executable, "-m", "fathom.cli")
+
     def __init__(self, run: Path, stages: Sequence[StageCommand], workers: int, console: Console):
         self.run_folder, self.stages, self.workers, self.console = run, stages, workers, console
         self.done = {stage.name for stage in stages if self._is_done(stage)}
@@ -181,7 +183,7 @@ class Runner:
                 log = self._path(stage, "log")
                 log.parent.mkdir(parents=True, exist_ok=True)
                 resumes = bool(list_checkpoints(stage.makes))
-                command = [sys.executable, "-m", "fathom.cli", *stage.arguments, *(["--resume"] if resumes else [])]
+                command = [*self.program, *stage.arguments, *(["--resume"] if resumes else [])]
                 with open(log, "ab") as file:
                     process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, preexec_fn=_die_with_parent)
