@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,13 +162,13 @@ class Runner:
 
     def __init__(self, run: Path, stages: Sequence[StageCommand], workers: int, console: Console):
         self.run_folder, self.stages, self.workers, self.console = run, stages, workers, console
-        self.done = {stage.name for stage in stages if self._is_done(stage)}
+        self.by_name = {stage.name: stage for stage in stages}
+        self.done: set[str] = set()
+        self._skip_done()
         self.running: dict[StageCommand, tuple[subprocess.Popen, float]] = {}
 
     def run(self) -> None:
         """Run until all are done. StageFailed names the first that failed and its log, after the others were stopped."""
-        for name in sorted(self.done):
-            self.console.print(f"{name}: done before", soft_wrap=True)
         try:
             while len(self.done) < len(self.stages):
                 self._start()
@@ -176,19 +177,40 @@ class Runner:
         finally:
             self._stop()
 
+    def _skip_done(self) -> None:
+        """Take over, in order, what was done before from the very same inputs."""
+        for stage in self.stages:
+            if stage.name not in self.done and self._is_done(stage):
+                self.done.add(stage.name)
+                self.console.print(f"{stage.name}: done before", soft_wrap=True)
+
     def _start(self) -> None:
         for stage in self.stages:
             waits = stage.name in self.done or stage in self.running or not self.done.issuperset(stage.after)
             if not waits and len(self.running) < self.workers:
+                resumes = self._continues(stage)
                 log = self._path(stage, "log")
-                log.parent.mkdir(parents=True, exist_ok=True)
-                resumes = bool(list_checkpoints(stage.makes))
-                command = [*self.program, *stage.arguments, *(["--resume"] if resumes else [])]
                 with open(log, "ab") as file:
-                    process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, preexec_fn=_die_with_parent)
+                    process = subprocess.Popen([*self.program, *stage.arguments, *(["--resume"] if resumes else [])], stdout=file,
+                                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                                               env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=_die_with_parent)
                 self.running[stage] = process, time.monotonic()
                 self.console.print(f"{stage.name}: {'continues' if resumes else 'starts'}", soft_wrap=True)
+
+    def _continues(self, stage: StageCommand) -> bool:
+        """Whether there is a checkpoint to go on from. What was begun from other inputs is deleted first."""
+        begun, key = self._path(stage, "begun"), json.dumps(self._key(stage), indent=2) + "\n"
+        if not begun.is_file() or begun.read_text(encoding="utf-8") != key:
+            shutil.rmtree(stage.makes, ignore_errors=True)
+            stage.makes.unlink(missing_ok=True)
+            self._path(stage, "seconds").unlink(missing_ok=True)
+            write_text(begun, key)
+        return bool(list_checkpoints(stage.makes))
+
+    def _key(self, stage: StageCommand) -> dict:
+        """All that decides what a stage makes: its command, its recipe, and the results of the stages before it."""
+        recipe = sha256(Path(stage.arguments[1])) if stage.arguments[1].endswith(".toml") else None
+        return {"arguments": [*stage.arguments], "recipe": recipe, "inputs": {name: _checksums(self.by_name[name].makes) for name in stage.after}}
 
     def _collect(self) -> None:
         for stage, (process, began) in [*self.running.items()]:
@@ -201,10 +223,11 @@ class Runner:
                                   "run the pipeline again to go on")
             seconds = time.monotonic() - began
             self._add_seconds(stage, seconds)
-            marker = {"arguments": [*stage.arguments], "recipe": _recipe_checksum(stage), "checksums": _checksums(stage.makes), "seconds": self._seconds(stage)}
+            marker = self._key(stage) | {"checksums": _checksums(stage.makes), "seconds": self._seconds(stage)}
             write_text(self._path(stage, "json"), json.dumps(marker, indent=2) + "\n")
             self.done.add(stage.name)
             self.console.print(f"{stage.name}: done in {seconds / 60:.1f} minutes", soft_wrap=True)
+            self._skip_done()
 
     def _stop(self) -> None:
         """Ask what still runs to save and end."""
@@ -217,8 +240,8 @@ class Runner:
     def _is_done(self, stage: StageCommand) -> bool:
         try:
             marker = json.loads(self._path(stage, "json").read_text(encoding="utf-8"))
-            return (marker["arguments"], marker["recipe"], marker["checksums"]) == (
-                [*stage.arguments], _recipe_checksum(stage), _checksums(stage.makes))
+            wanted = self._key(stage) | {"checksums": _checksums(stage.makes)}
+            return self.done.issuperset(stage.after) and all(marker[name] == value for name, value in wanted.items())
         except (OSError, ValueError, KeyError, StageFailed):
             return False
 
@@ -268,10 +291,6 @@ def _checksums(path: Path) -> dict[str, str]:
     if not files:
         raise StageFailed(f"{path} was not made")
     return {str(file.relative_to(path)): sha256(file) for file in files}
-
-
-def _recipe_checksum(stage: StageCommand) -> str | None:
-    return sha256(Path(stage.arguments[1])) if stage.arguments[1].endswith(".toml") else None
 
 
 def _die_with_parent() -> None:

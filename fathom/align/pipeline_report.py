@@ -73,7 +73,7 @@ def checks(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[tuple[str, st
     for name in recipe.environments:
         teacher, student = score(f"grpo-{name}", name), score("distilled", name)
         found.append((f"the distilled student keeps 95% of the specialist's score in {name}", f"{student:.1%} of {teacher:.1%}",
-                      student >= 0.95 * teacher))
+                      student >= 0.95 * teacher > 0))
     if "math" in recipe.environments:
         off, on = score("distilled", "math", "chat"), score("distilled", "math")
         found.append(("thinking beats answering at once in math", f"{off:.1%} → {on:.1%}", on > off))

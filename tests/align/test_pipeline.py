@@ -96,6 +96,14 @@ def test_stages_run_after_those_they_need_and_only_once(tmp_path):
     assert marker["seconds"] > 0
 
 
+def test_what_was_made_from_other_inputs_is_made_anew(tmp_path):
+    Scripted(tmp_path, diamond(tmp_path), 2, QUIET).run()
+    other = [stage(tmp_path, "a"), StageCommand("b", ("b2", *diamond(tmp_path)[1].arguments[1:]), ("a",), tmp_path / "made" / "b"),
+             *diamond(tmp_path)[2:]]
+    Scripted(tmp_path, other, 2, QUIET).run()
+    assert notes(tmp_path)[8:] == ["begin b2", "end b2", "begin d", "end d"]
+
+
 def test_two_run_at_a_time(tmp_path):
     gate = tmp_path / "gate"
     many = [stage(tmp_path, name, gate=gate) for name in "xyz"]
