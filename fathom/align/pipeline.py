@@ -29,6 +29,7 @@ from fathom.text import chat
 from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 
 POLL_SECONDS = 0.2
+JUDGING = ("judge", "judged-math")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Pipeline:
     pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
 
     `documents` worked tasks of each environment, as plain text, join the sources in `text` as the corpus. Scores are of `tasks`
-    held-out tasks of each environment and mode.
+    held-out tasks of each environment and mode. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
     run: str
@@ -63,6 +64,7 @@ class Pipeline:
     score_tokens: int = 256
     temperature: float = 1.0
     budgets: tuple[int, ...] = (8, 16, 32, 64)
+    judge: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -138,6 +140,10 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
             add(f"{s}/off-policy", "distill", toml("off-policy", f"distill-{s}", "distill"), after, base=str(run / student), teachers=teachers,
                 samples="teachers")
             add(f"{s}/mixed", "grpo", toml(f"mixed-{s}", "mixed"), [student], base=str(run / student), environments=list(recipe.environments))
+            if recipe.judge:
+                started = add(f"{s}/sft-judge", "sft", toml("specialist-judge", f"specialist-{s}", "specialist"), [base], base=str(run / base),
+                              demonstrations__environments=[*JUDGING])
+                add(f"{s}/judge", "grpo", toml("grpo-judge", f"grpo-{s}", "grpo"), [started], base=str(run / started), environments=[*JUDGING])
             paths = [str(run / stage) for stage in specialists.values()]
             found.append(StageCommand(f"{s}/average", ("average", *paths, "--out", str(run / s / "average")),
                                       tuple(specialists.values()), run / s / "average"))
@@ -148,9 +154,10 @@ def _score(recipe: Pipeline, stage: StageCommand) -> StageCommand:
     """The scores of what a stage made: the distilled model in every mode and against budgets, others in chat and high."""
     out = Path(recipe.run) / "scores" / f"{stage.name.replace('/', '.')}.json"
     whole = stage.name.endswith("/distilled")
+    names = JUDGING if "judge" in stage.name else recipe.environments
     more = ("--budgets", ",".join(map(str, recipe.budgets))) if whole and recipe.budgets else ()
     return StageCommand(f"score/{stage.name}", (
-        "score", str(stage.makes), "--environment", ",".join(recipe.environments), "--tasks", str(recipe.tasks), "--mode",
+        "score", str(stage.makes), "--environment", ",".join(names), "--tasks", str(recipe.tasks), "--mode",
         "chat,high,max" if whole else "chat,high", "--levels", ",".join(map(str, recipe.levels)), "--max-tokens", str(recipe.score_tokens),
         "--temperature", str(recipe.temperature), "--seed", str(recipe.seed), "--out", str(out), *more), (stage.name,), out)
 

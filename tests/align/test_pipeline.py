@@ -63,7 +63,7 @@ def diamond(folder, **options):
 
 
 def test_the_recipes_in_the_tree_fit_every_stage():
-    recipe = recipes.load(Pipeline, RECIPES / "pipeline.toml")
+    recipe = recipes.load(Pipeline, RECIPES / "pipeline.toml", ["judge=true"])
     found = stages(recipe, RECIPES)
     kinds = {"train": Pretrain, "sft": Sft, "grpo": Grpo, "distill": Distill}
     names = [stage.name for stage in found]
@@ -77,6 +77,8 @@ def test_the_recipes_in_the_tree_fit_every_stage():
     assert grpo.arguments[1].endswith("grpo-agent.toml") and grpo.after == ("flash/sft-agent",)
     distilled = next(stage for stage in found if stage.name == "pro/distilled")  # taught by the specialists of flash
     assert {"pro/student", "flash/grpo-math", "flash/grpo-agent"} <= set(distilled.after)
+    judge = next(stage for stage in found if stage.name == "score/flash/judge")
+    assert "judge,judged-math" in judge.arguments and "pro/judge" not in names
     assert not any(name.startswith("pro/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith("score")} < {*names}
     for size in recipe.sizes:
         config = ModelConfig.load(RECIPES / size.model)
@@ -207,7 +209,10 @@ def test_the_page_has_all_tables_and_pictures(tmp_path, monkeypatch):
     recipe = micro(tmp_path, environments=("math", "agent"), budgets=(8, 64))
     run = tmp_path / "run"
     (run / "scores").mkdir(parents=True)
-    for name, rows in fabricated().items():
+    judged = {"flash.judge": [row("judge", "high", 0.875), row("judged-math", "high", 0.5)]}
+    (run / "flash" / "judge").mkdir(parents=True)
+    (run / "flash" / "judge" / "metrics.jsonl").write_text('{"step": 1, "judge_agreement": 0.5}\n')
+    for name, rows in (fabricated() | judged).items():
         (run / "scores" / f"{name}.json").write_text(json.dumps(rows))
     (run / "stages").mkdir()
     (run / "stages" / "flash.base.json").write_text(json.dumps({"seconds": 90}))
@@ -218,4 +223,5 @@ def test_the_page_has_all_tables_and_pictures(tmp_path, monkeypatch):
     (run / "flash" / "grpo-math" / "metrics.jsonl").write_text('{"step": 1, "score": 0.1}\n{"step": 2, "score": 0.4}\n')
     page = pipeline_report.write_report(recipe).read_text()
     assert page.count("<img") == 2 and "Flash-Max" in page and "GRPO math" in page and "1.5" in page and "4.28M parameters" in page
+    assert "87.5%" in page and "50.0% in the first 1 updates" in page
     assert json.loads((run / "report.json").read_text())["variants"][2][3] == "97.0%"
