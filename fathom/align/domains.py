@@ -1,9 +1,17 @@
-"""The built-in environments by name, each made when it is first asked for: only code needs a sandbox."""
+"""The built-in environments by name, each made when it is first asked for: only code needs a sandbox.
 
-from collections.abc import Iterator, Mapping
+Beside those that a program scores: "judge", where judging is learned, and "judged-math", which only a judge scores.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 
 from fathom.align.environments import ENVIRONMENTS
 from fathom.align.environments.base import Environment
+from fathom.align.environments.math import MathEnvironment
+from fathom.align.judge import JudgedEnvironment, JudgeEnvironment
+
+MAKERS: dict[str, Callable[[], Environment]] = ENVIRONMENTS | {
+    "judge": lambda: JudgeEnvironment(MathEnvironment()), "judged-math": lambda: JudgedEnvironment(MathEnvironment())}
 
 
 class Domains(Mapping[str, Environment]):
@@ -14,14 +22,14 @@ class Domains(Mapping[str, Environment]):
 
     def __getitem__(self, name: str) -> Environment:
         if name not in self._made:
-            self._made[name] = ENVIRONMENTS[name]()
+            self._made[name] = MAKERS[name]()
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(ENVIRONMENTS)
+        return iter(MAKERS)
 
     def __len__(self) -> int:
-        return len(ENVIRONMENTS)
+        return len(MAKERS)
 
     def __contains__(self, name: object) -> bool:
-        return name in ENVIRONMENTS
+        return name in MAKERS

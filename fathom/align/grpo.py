@@ -17,6 +17,7 @@ from rich.console import Console
 from fathom import recipe as recipes
 from fathom.align.curriculum import choose_tasks
 from fathom.align.environments.base import Environment
+from fathom.align.judge import judge_rollouts, judging_seed
 from fathom.align.losses import Policy, advantages, policy_loss, token_log_probabilities
 from fathom.align.rollout import Draw, environments_named, new_engine, new_rollouts, play
 from fathom.align.rollout_log import RolloutLog
@@ -68,7 +69,8 @@ class Grpo:
     """A GRPO run from `base`, on tasks of `environments`; several of them make one mixed-reward run.
 
     `invalid` is what a broken answer or a malformed tool call costs; `deviation_floor` the least deviation that rewards of a group are
-    divided by, so that small differences of length do not weigh like right and wrong; `quantise` samples and trains with the numbers
+    divided by, so that small differences of length do not weigh like right and wrong; `judging` and `votes`: how the actor judges
+    answers that no rule scores, and how often each; `quantise` samples and trains with the numbers
     of the official-fp4 export.
     """
 
@@ -84,6 +86,8 @@ class Grpo:
     deviation_floor: float = 0.1
     row_tokens: int = 512
     keep_routing: bool = True
+    judging: Mode = Mode("high", 128)
+    votes: int = 1
     quantise: bool = False
     seed: int = 0
     draw: Draw = field(default_factory=Draw)
@@ -97,6 +101,8 @@ class Grpo:
         if not self.environments or not self.modes or self.prompts < 1 or self.group < 2:
             raise RecipeError(f"environments is {list(self.environments)}, prompts {self.prompts}, group {self.group} and modes has "
                               f"{len(self.modes)}; allowed: at least one, at least 1, at least 2, at least one")
+        if self.votes < 1:
+            raise RecipeError(f"votes is {self.votes}; allowed: at least 1")
         if self.invalid < 0 or self.deviation_floor < 0 or self.row_tokens < 1 or self.draw.temperature == 0:
             raise RecipeError(f"invalid is {self.invalid}, deviation_floor {self.deviation_floor}, row_tokens {self.row_tokens} and "
                               f"draw.temperature {self.draw.temperature}; allowed: from 0, from 0, at least 1, above 0")
@@ -141,6 +147,8 @@ class Learner:
         rollouts = new_rollouts(tasks, recipe.group, self.tokenizer)
         with released_numbers(model) if recipe.quantise else nullcontext():
             metrics = play_measured(model, self.tokenizer, rollouts, self.environments, recipe.draw, _round_seed(recipe.seed, number), log)
+            metrics |= judge_rollouts(model, self.tokenizer, rollouts, self.environments, recipe.judging, recipe.votes, recipe.draw,
+                                      judging_seed(recipe.seed, number))
             parts, skipped = samples_of(rollouts, recipe)
             batches = [pack_samples(samples, recipe.row_tokens, self.tokenizer.pad_id) for samples in parts]
             for batch in batches:

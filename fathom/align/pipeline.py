@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from fathom.text import chat
 from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 
 POLL_SECONDS = 0.2
+JUDGING = ("judge", "judged-math")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Pipeline:
     pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
 
     `documents` worked tasks of each environment, as plain text, join the sources in `text` as the corpus. Scores are of `tasks`
-    held-out tasks of each environment and mode.
+    held-out tasks of each environment and mode. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
     run: str
@@ -62,6 +64,7 @@ class Pipeline:
     score_tokens: int = 256
     temperature: float = 1.0
     budgets: tuple[int, ...] = (8, 16, 32, 64)
+    judge: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -137,6 +140,10 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
             add(f"{s}/off-policy", "distill", toml("off-policy", f"distill-{s}", "distill"), after, base=str(run / student), teachers=teachers,
                 samples="teachers")
             add(f"{s}/mixed", "grpo", toml(f"mixed-{s}", "mixed"), [student], base=str(run / student), environments=list(recipe.environments))
+            if recipe.judge:
+                started = add(f"{s}/sft-judge", "sft", toml("specialist-judge", f"specialist-{s}", "specialist"), [base], base=str(run / base),
+                              demonstrations__environments=[*JUDGING])
+                add(f"{s}/judge", "grpo", toml("grpo-judge", f"grpo-{s}", "grpo"), [started], base=str(run / started), environments=[*JUDGING])
             paths = [str(run / stage) for stage in specialists.values()]
             found.append(StageCommand(f"{s}/average", ("average", *paths, "--out", str(run / s / "average")),
                                       tuple(specialists.values()), run / s / "average"))
@@ -147,9 +154,10 @@ def _score(recipe: Pipeline, stage: StageCommand) -> StageCommand:
     """The scores of what a stage made: the distilled model in every mode and against budgets, others in chat and high."""
     out = Path(recipe.run) / "scores" / f"{stage.name.replace('/', '.')}.json"
     whole = stage.name.endswith("/distilled")
+    names = JUDGING if "judge" in stage.name else recipe.environments
     more = ("--budgets", ",".join(map(str, recipe.budgets))) if whole and recipe.budgets else ()
     return StageCommand(f"score/{stage.name}", (
-        "score", str(stage.makes), "--environment", ",".join(recipe.environments), "--tasks", str(recipe.tasks), "--mode",
+        "score", str(stage.makes), "--environment", ",".join(names), "--tasks", str(recipe.tasks), "--mode",
         "chat,high,max" if whole else "chat,high", "--levels", ",".join(map(str, recipe.levels)), "--max-tokens", str(recipe.score_tokens),
         "--temperature", str(recipe.temperature), "--seed", str(recipe.seed), "--out", str(out), *more), (stage.name,), out)
 
@@ -157,15 +165,17 @@ def _score(recipe: Pipeline, stage: StageCommand) -> StageCommand:
 class Runner:
     """Runs stages in processes, `workers` at a time, each with one thread, and remembers in markers which are done."""
 
+    program = (sys.executable, "-m", "fathom.cli")
+
     def __init__(self, run: Path, stages: Sequence[StageCommand], workers: int, console: Console):
         self.run_folder, self.stages, self.workers, self.console = run, stages, workers, console
-        self.done = {stage.name for stage in stages if self._is_done(stage)}
+        self.by_name = {stage.name: stage for stage in stages}
+        self.done: set[str] = set()
+        self._skip_done()
         self.running: dict[StageCommand, tuple[subprocess.Popen, float]] = {}
 
     def run(self) -> None:
         """Run until all are done. StageFailed names the first that failed and its log, after the others were stopped."""
-        for name in sorted(self.done):
-            self.console.print(f"{name}: done before", soft_wrap=True)
         try:
             while len(self.done) < len(self.stages):
                 self._start()
@@ -174,19 +184,40 @@ class Runner:
         finally:
             self._stop()
 
+    def _skip_done(self) -> None:
+        """Take over, in order, what was done before from the very same inputs."""
+        for stage in self.stages:
+            if stage.name not in self.done and self._is_done(stage):
+                self.done.add(stage.name)
+                self.console.print(f"{stage.name}: done before", soft_wrap=True)
+
     def _start(self) -> None:
         for stage in self.stages:
             waits = stage.name in self.done or stage in self.running or not self.done.issuperset(stage.after)
             if not waits and len(self.running) < self.workers:
+                resumes = self._continues(stage)
                 log = self._path(stage, "log")
-                log.parent.mkdir(parents=True, exist_ok=True)
-                resumes = bool(list_checkpoints(stage.makes))
-                command = [sys.executable, "-m", "fathom.cli", *stage.arguments, *(["--resume"] if resumes else [])]
                 with open(log, "ab") as file:
-                    process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, preexec_fn=_die_with_parent)
+                    process = subprocess.Popen([*self.program, *stage.arguments, *(["--resume"] if resumes else [])], stdout=file,
+                                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                                               env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=_die_with_parent)
                 self.running[stage] = process, time.monotonic()
                 self.console.print(f"{stage.name}: {'continues' if resumes else 'starts'}", soft_wrap=True)
+
+    def _continues(self, stage: StageCommand) -> bool:
+        """Whether there is a checkpoint to go on from. What was begun from other inputs is deleted first."""
+        begun, key = self._path(stage, "begun"), json.dumps(self._key(stage), indent=2) + "\n"
+        if not begun.is_file() or begun.read_text(encoding="utf-8") != key:
+            shutil.rmtree(stage.makes, ignore_errors=True)
+            stage.makes.unlink(missing_ok=True)
+            self._path(stage, "seconds").unlink(missing_ok=True)
+            write_text(begun, key)
+        return bool(list_checkpoints(stage.makes))
+
+    def _key(self, stage: StageCommand) -> dict:
+        """All that decides what a stage makes: its command, its recipe, and the results of the stages before it."""
+        recipe = sha256(Path(stage.arguments[1])) if stage.arguments[1].endswith(".toml") else None
+        return {"arguments": [*stage.arguments], "recipe": recipe, "inputs": {name: _checksums(self.by_name[name].makes) for name in stage.after}}
 
     def _collect(self) -> None:
         for stage, (process, began) in [*self.running.items()]:
@@ -199,10 +230,11 @@ class Runner:
                                   "run the pipeline again to go on")
             seconds = time.monotonic() - began
             self._add_seconds(stage, seconds)
-            marker = {"arguments": [*stage.arguments], "recipe": _recipe_checksum(stage), "checksums": _checksums(stage.makes), "seconds": self._seconds(stage)}
+            marker = self._key(stage) | {"checksums": _checksums(stage.makes), "seconds": self._seconds(stage)}
             write_text(self._path(stage, "json"), json.dumps(marker, indent=2) + "\n")
             self.done.add(stage.name)
             self.console.print(f"{stage.name}: done in {seconds / 60:.1f} minutes", soft_wrap=True)
+            self._skip_done()
 
     def _stop(self) -> None:
         """Ask what still runs to save and end."""
@@ -215,8 +247,8 @@ class Runner:
     def _is_done(self, stage: StageCommand) -> bool:
         try:
             marker = json.loads(self._path(stage, "json").read_text(encoding="utf-8"))
-            return (marker["arguments"], marker["recipe"], marker["checksums"]) == (
-                [*stage.arguments], _recipe_checksum(stage), _checksums(stage.makes))
+            wanted = self._key(stage) | {"checksums": _checksums(stage.makes)}
+            return self.done.issuperset(stage.after) and all(marker[name] == value for name, value in wanted.items())
         except (OSError, ValueError, KeyError, StageFailed):
             return False
 
@@ -266,10 +298,6 @@ def _checksums(path: Path) -> dict[str, str]:
     if not files:
         raise StageFailed(f"{path} was not made")
     return {str(file.relative_to(path)): sha256(file) for file in files}
-
-
-def _recipe_checksum(stage: StageCommand) -> str | None:
-    return sha256(Path(stage.arguments[1])) if stage.arguments[1].endswith(".toml") else None
 
 
 def _die_with_parent() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fathom.accounting import parameters
-from fathom.align.pipeline import Pipeline
+from fathom.align.pipeline import JUDGING, Pipeline
 from fathom.align.scores import Row
 from fathom.checkpoint.training import find_model
 from fathom.config import ModelConfig
@@ -47,6 +47,10 @@ def write_report(recipe: Pipeline) -> Path:
         for effort in ("chat", "high"):
             parts.append(_table([f"{size.name}, mode {effort}", *recipe.environments], _model_rows(recipe, scores, size.name, effort), raw=True,
                                 caption="Mean held-out reward ± its standard error; a specialist's own domain is blue."))
+    judged = _judge_rows(recipe, scores)
+    if judged:
+        parts += ["<h2>The judge</h2>", _table(["model", "verdicts right (held-out judge tasks)", "answers right by the hidden rule (judged-math)"], judged),
+                  _agreement(recipe)]
     parts += ["<h2>Curves</h2>", *_curves(recipe, scores), "<h2>Minutes</h2>", _minutes(run)]
     write_text(run / "report.json", json.dumps({"checks": found, "variants": variants, "scores": scores}, indent=2) + "\n")
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Post-training</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
@@ -73,7 +77,7 @@ def checks(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[tuple[str, st
     for name in recipe.environments:
         teacher, student = score(f"grpo-{name}", name), score("distilled", name)
         found.append((f"the distilled student keeps 95% of the specialist's score in {name}", f"{student:.1%} of {teacher:.1%}",
-                      student >= 0.95 * teacher))
+                      student >= 0.95 * teacher > 0))
     if "math" in recipe.environments:
         off, on = score("distilled", "math", "chat"), score("distilled", "math")
         found.append(("thinking beats answering at once in math", f"{off:.1%} → {on:.1%}", on > off))
@@ -110,6 +114,24 @@ def _model_rows(recipe: Pipeline, scores: dict[str, list[Row]], size: str, effor
             rows.append([title, *(f'<b class="own">{text}</b>' if model.endswith(f"-{name}") else text
                                   for (name, _), text in zip(cells, texts, strict=True))])
     return rows
+
+
+def _judge_rows(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[list[str]]:
+    rows = []
+    for model, title in (("sft-judge", "SFT on judgements and tasks"), ("judge", "GRPO on known verdicts, and on its own")):
+        cells = [mean_of(scores.get(f"{recipe.teachers_size}.{model}", []), name, "high") for name in JUDGING]
+        if any(cells):
+            rows.append([title, *(f"{row['score']:.1%} ± {row['error']:.1%}" if row else "-" for row in cells)])
+    return rows
+
+
+def _agreement(recipe: Pipeline) -> str:
+    shares = [line["judge_agreement"] for line in read_metrics(Path(recipe.run) / recipe.teachers_size / "judge") if "judge_agreement" in line]
+    if not shares:
+        return ""
+    first, last = (sum(part) / len(part) for part in (shares[:10], shares[-10:]))
+    return (f"<p>Agreement of its verdicts with the hidden rule, on the answers that it rewarded in training: {first:.1%} in the first {len(shares[:10])} "
+            f"updates, {last:.1%} in the last.</p>")
 
 
 def _heading(recipe: Pipeline) -> str:

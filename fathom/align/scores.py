@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fathom.align.domains import Domains
 from fathom.align.environments.base import EFFORTS, SEEDS, Environment
+from fathom.align.judge import reveal_truth
 from fathom.align.rollout import Draw, environments_named, new_engine, new_rollouts, play
 from fathom.align.sample import Mode, Rollout
 from fathom.checkpoint.released import load_model
@@ -41,6 +42,7 @@ def score(path: str | Path, names: Sequence[str], known: Mapping[str, Environmen
     rollouts = new_rollouts(asked, 1, tokenizer)
     engine = new_engine(model, tokenizer, draw, len(rollouts))
     play(engine, rollouts, environments, draw, seed)
+    reveal_truth(rollouts, environments)
     engine.close()
     return [_row(rollouts[first:first + tasks]) for first in range(0, len(rollouts), tasks)]
 

@@ -24,7 +24,7 @@ def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = F
     console.print(f"done: {run}  (talk to it: fathom chat {run})", soft_wrap=True)
 
 
-@align.command(epilog="Example:  fathom grpo recipes/grpo.toml --set base=runs/tiny-chat --set run=runs/tiny-math")
+@align.command(epilog="Example:  fathom grpo recipes/pipeline/grpo.toml --set base=runs/tiny-chat --set run=runs/tiny-math")
 def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
     """Reinforce a model on tasks whose answers a program checks. Ctrl-C saves and stops; --resume continues, even inside a round."""
     from rich.console import Console
@@ -38,7 +38,7 @@ def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = 
     console.print(f"done: {run}  (measure it: fathom score {run} --environment math)", soft_wrap=True)
 
 
-@align.command(epilog="Example:  fathom distill recipes/distill.toml --set base=runs/tiny-chat --set run=runs/student")
+@align.command(epilog="Example:  fathom distill recipes/pipeline/distill.toml --set base=runs/tiny-chat --set run=runs/student")
 def distill(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
     """Make one student of several teachers, on its own samples. Ctrl-C saves and stops; --resume continues, even inside a round."""
     from rich.console import Console

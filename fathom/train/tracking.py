@@ -80,7 +80,8 @@ class Tracker:
     def record(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one step's metrics and move the bar; `step` counts the steps done."""
         self._append({"step": step} | metrics)
-        state = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        reward = f"reward {metrics['reward']:.3f}  " if "reward" in metrics else ""
+        state = f"{reward}loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
         self.progress.update(self.task, completed=step, state=state)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.printed > _QUIET_SECONDS or step == self.steps):
@@ -173,18 +174,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curve(run: Path) -> Path | None:
-    """Draw the training loss and validation bits per byte of a run; None where matplotlib is not installed."""
+    """Draw the training loss (or, where rewards are earned, the reward) and validation bits per byte of a run; None where matplotlib is not
+    installed.
+    """
     if pyplot is None:
         return None
     lines = read_metrics(run)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    name = "reward" if any("reward" in line for line in lines) else "loss"
+    train = [(line["step"], line[name]) for line in lines if name in line]
     held_out = [(line["step"], line["validation_bits_per_byte"]) for line in lines if "validation_bits_per_byte" in line]
     figure, axis = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     if train:
-        steps, losses = zip(*train, strict=True)
-        axis.plot(steps, losses, color="#9ab6d3", linewidth=0.8)
-        axis.plot(steps, _smoothed(losses), color="#1f5a94", linewidth=1.8, label="training loss (smoothed)")
-    axis.set(xlabel="step", ylabel="nats per token", title=f"{run.name}")
+        steps, values = zip(*train, strict=True)
+        axis.plot(steps, values, color="#9ab6d3", linewidth=0.8)
+        axis.plot(steps, _smoothed(values), color="#1f5a94", linewidth=1.8, label=f"training {name} (smoothed)")
+    axis.set(xlabel="step", ylabel="nats per token" if name == "loss" else "reward", title=f"{run.name}")
     axis.grid(alpha=0.25)
     if held_out:
         right = axis.twinx()

@@ -80,6 +80,10 @@ if __name__ == "__main__":  # python -m tests.align.toy KIND RECIPE [--resume]
     from fathom import recipe as recipes
     from fathom.align.distill import Distill, distill
     from fathom.align.grpo import Grpo, reinforce
+    from fathom.align.sft import Sft, fine_tune
 
-    kind, function = {"grpo": (Grpo, reinforce), "distill": (Distill, distill)}[sys.argv[1]]
-    function(recipes.load(kind, sys.argv[2]), TOYS, "--resume" in sys.argv, Console())
+    runs = {"grpo": (Grpo, lambda recipe, resume: reinforce(recipe, TOYS, resume, Console())),
+            "distill": (Distill, lambda recipe, resume: distill(recipe, TOYS, resume, Console())),
+            "sft": (Sft, lambda recipe, resume: fine_tune(recipe, Path(), resume, Console(), TOYS))}
+    kind, run = runs[sys.argv[1]]
+    run(recipes.load(kind, sys.argv[2]), "--resume" in sys.argv)
