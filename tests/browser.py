@@ -1,5 +1,6 @@
 """A real headless Chromium, where this machine has one."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +26,13 @@ def chromium() -> Iterator["Browser"]:  # noqa: F821 (playwright's, imported onl
 
 
 @contextmanager
-def new_page(browser: "Browser", **options: object) -> Iterator["Page"]:  # noqa: F821
-    """A page with storage of its own. Scripts that fail and messages in the console fail the test."""
+def new_page(browser: "Browser", expected: str = "Failed to load resource", **options: object) -> Iterator["Page"]:  # noqa: F821
+    """A page with storage of its own. Scripts that fail and errors in the console fail the test, but for those that match `expected`."""
     context = browser.new_context(**({"viewport": {"width": 1200, "height": 800}} | options))
     context.set_default_timeout(WAIT)
     page, problems = context.new_page(), []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and "Failed to load resource" not in message.text and problems.append(message.text))
+    page.on("console", lambda message: message.type == "error" and not re.search(expected, message.text) and problems.append(message.text))
     yield page
     context.close()
     assert not problems, problems

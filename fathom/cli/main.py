@@ -102,7 +102,8 @@ def serve(path: Annotated[Optional[Path], typer.Argument(
           drafts: Annotated[int, typer.Option(help="Tokens that the MTP block proposes at a time; 0: none.")] = 0,
           running: Annotated[int, typer.Option(help="Requests computed at the same time.")] = 64,
           waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
-          drain: Annotated[float, typer.Option(help="Seconds for running requests when stopped.")] = 30.0) -> None:
+          drain: Annotated[float, typer.Option(help="Seconds for running requests when stopped.")] = 30.0,
+          replicas: Annotated[int, typer.Option(help="Processes that compute, as Ray Serve deployments; 1: without Ray.")] = 1) -> None:
     """Serve a model: OpenAI's and Anthropic's API, a chat page at /, metrics. Ctrl-C finishes what runs, then stops."""
     import importlib.util
 
@@ -112,11 +113,19 @@ def serve(path: Annotated[Optional[Path], typer.Argument(
 
     from fathom.engine.engine import dtype_of
     from fathom.engine.settings import EngineSettings
-    from fathom.server.launch import launch
+    from fathom.server.launch import choose, launch
 
     settings = EngineSettings(cache_bytes=int(cache_gib * 2**30), running=running, waiting=waiting, window=window, disk=disk_cache,
                               disk_bytes=int(disk_gib * 2**30), drafts=drafts)
-    launch(path, dtype_of(dtype), packed, settings, host, port, name, api_key_file, drain, Console(stderr=True))
+    if replicas == 1:
+        launch(path, dtype_of(dtype), packed, settings, host, port, name, api_key_file, drain, Console(stderr=True))
+        return
+    if importlib.util.find_spec("ray") is None:
+        raise FathomError("--replicas needs Ray; run: pip install 'fathom[ray]'")
+    from fathom.server.replicas import Plan, launch_replicas
+
+    path, server = choose(path, name, api_key_file, drain)
+    launch_replicas(replicas, Plan(path.resolve(), dtype_of(dtype), packed, settings, server), host, port, Console(stderr=True))
 
 
 @app.command(epilog="Example:  fathom explain runs/tiny --text 'It is a truth' --out explain.html")

@@ -20,10 +20,7 @@ KEY_VARIABLE = "FATHOM_API_KEY"
 def launch(path: Path | None, dtype: torch.dtype, packed: bool, settings: EngineSettings, host: str, port: int, name: str | None,
            key_file: Path | None, drain_seconds: float, console: Console) -> None:
     """Load the model at `path`, by default the demo's, and serve it until a signal comes. One JSON line a request on stderr."""
-    if path is None and not DEMO.is_dir():
-        raise InputError(f"no model given, and {DEMO} is not there; make one with `make demo` (about 9 minutes), or give a model folder")
-    path = path or DEMO
-    server_settings = ServerSettings(model_name=name or path.resolve().name, api_keys=read_keys(key_file), drain_seconds=drain_seconds)
+    path, server_settings = choose(path, name, key_file, drain_seconds)
     listener = listen(host, port)
     with console.status(f"loading {path} ..."):
         engine = Engine.load(path, dtype, packed=packed, settings=settings)
@@ -31,6 +28,14 @@ def launch(path: Path | None, dtype: torch.dtype, packed: bool, settings: Engine
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     _describe(engine, console)
     serve(engine, server_settings, listener, console)
+
+
+def choose(path: Path | None, name: str | None, key_file: Path | None, drain_seconds: float) -> tuple[Path, ServerSettings]:
+    """The model to serve, by default the demo's, and how; InputError where there is none."""
+    if path is None and not DEMO.is_dir():
+        raise InputError(f"no model given, and {DEMO} is not there; make one with `make demo` (about 9 minutes), or give a model folder")
+    path = path or DEMO
+    return path, ServerSettings(model_name=name or path.resolve().name, api_keys=read_keys(key_file), drain_seconds=drain_seconds)
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:

@@ -110,7 +110,8 @@ function bindPage() {
   });
   addEventListener("storage", (event) => concernsList(event) && sidebar.render());
   addEventListener("hashchange", () => chat.open(location.hash.slice(1)));
-  addEventListener("pagehide", () => chat.saveRunning());
+  addEventListener("pagehide", () => chat.leave());
+  addEventListener("pageshow", () => { chat.left = false; });
 }
 
 bindComposer();

@@ -36,7 +36,7 @@ export class Chat {
 
   /** Opens a stored conversation (a running one keeps running), or a new one. */
   open(id) {
-    this.conversation = this.turns.get(id)?.conversation ?? (id && loadConversation(id)) ?? newConversation();
+    this.conversation = this.turns.get(id)?.conversation ?? (id ? loadConversation(id) : null) ?? newConversation();
     this.showAddress();
     this.render();
     this.toEnd();
@@ -198,12 +198,14 @@ export class Chat {
     this.save(conversation);
   }
 
-  saveRunning() {
+  /** The page goes away: what came so far is kept, and that the connections then break is no news. */
+  leave() {
     for (const { conversation } of this.turns.values()) this.save(conversation);
+    this.left = true;
   }
 
   save(conversation) {
-    if (this.gone.has(conversation.id) || saveConversation(conversation)) return;
+    if (this.left || this.gone.has(conversation.id) || saveConversation(conversation)) return;
     if (!this.warned) notify("The browser's storage is full: this conversation is not saved. Export or delete some.");
     this.warned = true;
   }

@@ -3,6 +3,7 @@
 import { h } from "./dom.js";
 
 const DEEPEST = 16; // open emphasis marks and brackets; more stay plain text
+const MOST_TICKS = 40; // a longer row of backticks is text
 const TOKEN = /<br ?\/?>|\\[\\`*_{}[\]()#+\-.!|~>$<&"]|\\\(|`+|\*+|_+|~~|!?\[|\]|\$|\n|https?:\/\/[^\s<>"'`|*]+/g;
 const TARGET = /\(\s{0,8}<?((?:[^\s()<>]|\([^\s()<>]{0,200}\)){0,2000})>?(?:\s{1,8}"[^"]{0,300}")?\s{0,8}\)/y;
 const SPACE = /\s/;
@@ -81,6 +82,10 @@ class Inline {
   }
 
   code(ticks) {
+    if (ticks.length > MOST_TICKS) {
+      this.push(ticks);
+      return;
+    }
     const closing = new RegExp(`(?<!\`)${ticks}(?!\`)`, "g");
     closing.lastIndex = this.at;
     const found = this.unclosed.has(ticks) ? null : closing.exec(this.text);
