@@ -6,7 +6,7 @@ recipe's section [plan] names it.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -94,11 +94,19 @@ class Cost:
         return sum(segment.tokens * segment.flops_per_token for segment in self.segments)
 
 
-def cost(config: ModelConfig, schedule: Schedule, plan: Plan, muon: Muon, adamw: AdamW, matrices: Matrices) -> Cost:
+class Optimizers(NamedTuple):
+    """Settings of both optimisers, and which of them moves the matrices."""
+
+    muon: Muon
+    adamw: AdamW
+    matrices: Matrices = "muon"
+
+
+def cost(config: ModelConfig, schedule: Schedule, plan: Plan, optimizers: Optimizers, recompute_above: int) -> Cost:
     """Count a run of `schedule` on `plan`'s machine; takes seconds whatever the size."""
     with torch.device("meta"):
         model = Transformer(config)
-        state = Optimizer(model.named_parameters(), config, muon, adamw, matrices).state_tensors()
+        state = Optimizer(model.named_parameters(), config, *optimizers).state_tensors()
     count = sum(parameter.numel() for parameter in model.parameters())
     segments = [Segment(first, end, schedule.length_at(first), schedule.attention_at(first), schedule.tokens_in(first, end),
                         training_flops_per_token(config, schedule.length_at(first), schedule.attention_at(first),
@@ -111,7 +119,7 @@ def cost(config: ModelConfig, schedule: Schedule, plan: Plan, muon: Muon, adamw:
         memory[f"two gathered blocks ({plan.compute_dtype})"] = 2 * plan.compute_bytes * _largest_block(model, plan)
     for length in schedule.lengths:
         memory[f"activations at {length:,} tokens"] = activation_bytes(
-            config, plan.rows * length / plan.sequence_ranks, plan.compute_bytes, Transformer.recompute_above)
+            config, plan.rows * length / plan.sequence_ranks, plan.compute_bytes, recompute_above)
     seconds = sum(segment.tokens * segment.flops_per_token for segment in segments) / plan.throughput
     return Cost(count, segments, memory, seconds)
 

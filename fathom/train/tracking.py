@@ -46,8 +46,6 @@ class Tracking:
             raise RecipeError(f"layers_every is {self.layers_every} and sample_tokens {self.sample_tokens}; allowed: at least 0, and 1")
         if not all(self.prompts):
             raise RecipeError("prompts has an empty text; give each at least one character")
-        if self.tensorboard and SummaryWriter is None:
-            raise RecipeError("tracking.tensorboard needs one more package; run: pip install 'fathom[tensorboard]'")
 
 
 class Tracker:
@@ -58,6 +56,8 @@ class Tracker:
         self.started = self.printed = time.monotonic()
         self.start = start
         self.file: TextIO | None = None
+        if tensorboard and SummaryWriter is None:
+            raise RecipeError("tracking.tensorboard needs one more package; run: pip install 'fathom[tensorboard]'")
         self.board = SummaryWriter(str(run / TENSORBOARD), purge_step=start + 1) if tensorboard else None
         self._rewind(start)
         self.progress = Progress(
