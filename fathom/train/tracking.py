@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -183,7 +184,7 @@ def draw_curve(run: Path) -> Path | None:
     if train:
         steps, losses = zip(*train, strict=True)
         axis.plot(steps, losses, color="#9ab6d3", linewidth=0.8)
-        axis.plot(steps, _smoothed(losses), color="#1f5a94", linewidth=1.8, label="training loss (smoothed)")
+        axis.plot(steps, smoothed(losses), color="#1f5a94", linewidth=1.8, label="training loss (smoothed)")
     axis.set(xlabel="step", ylabel="nats per token", title=f"{run.name}")
     axis.grid(alpha=0.25)
     if held_out:
@@ -201,7 +202,7 @@ def draw_curve(run: Path) -> Path | None:
     return run / CURVE
 
 
-def _smoothed(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
+def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """Exponential average, corrected for its start."""
     out, mean, weight = [], 0.0, 0.0
     for value in values:
