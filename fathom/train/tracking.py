@@ -59,7 +59,7 @@ class Tracker:
         self.file: TextIO | None = None
         if tensorboard and SummaryWriter is None:
             raise RecipeError("tracking.tensorboard needs one more package; run: pip install 'fathom[tensorboard]'")
-        self.board = SummaryWriter(str(run / TENSORBOARD), purge_step=start + 1) if tensorboard else None
+        self.tensorboard, self.board = tensorboard, None
         self._rewind(start)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
@@ -133,6 +133,10 @@ class Tracker:
         kept = [line for line in read_metrics(self.run) if line["step"] <= step] if step else []
         write_text(self.run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.run / METRICS, "a", encoding="utf-8")
+        if self.board is not None:
+            self.board.close()
+        if self.tensorboard:
+            self.board = SummaryWriter(str(self.run / TENSORBOARD), purge_step=step + 1)
 
     def _append(self, line: dict[str, Any]) -> None:
         try:
