@@ -14,6 +14,7 @@ from fathom.cli.data import data
 from fathom.cli.options import (
     DryRunOption,
     DtypeOption,
+    LengthsOption,
     ModelArgument,
     PackedOption,
     RecipeArgument,
@@ -48,6 +49,17 @@ def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption =
         return
     run = pretrain(loaded, recipe.parent, resume, console)
     console.print(f"done: {run}  (talk to it: fathom generate {run} --prompt ...)", soft_wrap=True)
+
+
+@app.command(epilog="Example:  fathom report runs/tiny")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+           out: Annotated[Optional[Path], typer.Option("--out", help="The page to write; default: report.html in the run.")] = None) -> None:
+    """Make one HTML page of a run: curves, layers, expert load, samples over time, recipe and machine."""
+    from rich.console import Console
+
+    from fathom.train.report import write_report
+
+    Console().print(f"done: {write_report(run, out)}", soft_wrap=True)
 
 
 @app.command(epilog="Example:  fathom generate runs/tiny --prompt 'It is a truth' --max-tokens 80 --seed 1")
@@ -142,18 +154,23 @@ def explain(path: Annotated[Optional[Path], typer.Argument(
     write_page(path, text, out, seed, Console())
 
 
-@app.command("eval", epilog="Example:  fathom eval runs/tiny   or   fathom eval runs/tiny-chat --questions 80")
+@app.command("eval", epilog="Example:  fathom eval runs/tiny   or   fathom eval runs/tiny-chat --questions 80   or   fathom eval runs/tiny --needles")
 def evaluate(path: ModelArgument,
              questions: Annotated[int, typer.Option(help="Ask so many held-out questions instead.")] = 0,
              think: Annotated[str, typer.Option(help="off or high, for questions.")] = "off",
-             length: Annotated[int, typer.Option(help="Tokens of context for held-out text.")] = 256) -> None:
-    """Measure a run: held-out bits per byte beside gzip, xz and n-grams, or answers to checked questions."""
+             length: Annotated[int, typer.Option(help="Tokens of context for held-out text.")] = 256,
+             needles: Annotated[bool, typer.Option("--needles", help="Ask for facts in long texts instead, by length and depth.")] = False,
+             lengths: LengthsOption = "512,1024,2048,4096,8192") -> None:
+    """Measure a run: held-out bits per byte beside gzip, xz and n-grams, answers to checked questions, or needle retrieval."""
     from rich.console import Console
 
     from fathom.evals.compare import compare
+    from fathom.evals.retrieval import Needles, evaluate_needles
     from fathom.evals.tasks import evaluate_questions
 
-    if questions:
+    if needles:
+        evaluate_needles(path, Needles.of_lengths(lengths), Console())
+    elif questions:
         evaluate_questions(path, questions, think, Console())
     else:
         compare(path, length, Console())

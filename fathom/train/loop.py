@@ -149,11 +149,13 @@ def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, set
             losses = stage.loss(batch, step)
         losses.total.backward()
         watch.before_update(done)
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
+        total_norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+        norm = float(total_norm)
         if not (math.isfinite(norm) and all(map(math.isfinite, losses.parts.values()))):
             raise Diverged(f"step {done} gave loss {losses.parts['loss']} and gradient norm {norm}; the first number that is none is in "
                            f"{find_not_finite(model, lambda: stage.loss(batch, step))}; nothing was updated: lower the learning "
                            "rate and resume from the last checkpoint")
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_norm, total_norm)  # not before: it would spread a NaN
     rate = stage.rate(step)
     optimizer.step(rate)
     seen = watch.figures(done, losses.observations, rate) or {}

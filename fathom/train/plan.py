@@ -6,7 +6,7 @@ recipe's section [plan] names it.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -94,11 +94,19 @@ class Cost:
         return sum(segment.tokens * segment.flops_per_token for segment in self.segments)
 
 
-def cost(config: ModelConfig, schedule: Schedule, plan: Plan, muon: Muon, adamw: AdamW, matrices: Matrices) -> Cost:
+class Optimizers(NamedTuple):
+    """Settings of both optimisers, and which of them moves the matrices."""
+
+    muon: Muon
+    adamw: AdamW
+    matrices: Matrices = "muon"
+
+
+def cost(config: ModelConfig, schedule: Schedule, plan: Plan, optimizers: Optimizers, recompute_above: int) -> Cost:
     """Count a run of `schedule` on `plan`'s machine; takes seconds whatever the size."""
     with torch.device("meta"):
         model = Transformer(config)
-        state = Optimizer(model.named_parameters(), config, muon, adamw, matrices).state_tensors()
+        state = Optimizer(model.named_parameters(), config, *optimizers).state_tensors()
     count = sum(parameter.numel() for parameter in model.parameters())
     segments = [Segment(first, end, schedule.length_at(first), schedule.attention_at(first), schedule.tokens_in(first, end),
                         training_flops_per_token(config, schedule.length_at(first), schedule.attention_at(first),
@@ -111,7 +119,7 @@ def cost(config: ModelConfig, schedule: Schedule, plan: Plan, muon: Muon, adamw:
         memory[f"two gathered blocks ({plan.compute_dtype})"] = 2 * plan.compute_bytes * _largest_block(model, plan)
     for length in schedule.lengths:
         memory[f"activations at {length:,} tokens"] = activation_bytes(
-            config, plan.rows * length / plan.sequence_ranks, plan.compute_bytes, Transformer.recompute_above)
+            config, plan.rows * length / plan.sequence_ranks, plan.compute_bytes, recompute_above)
     seconds = sum(segment.tokens * segment.flops_per_token for segment in segments) / plan.throughput
     return Cost(count, segments, memory, seconds)
 
@@ -143,15 +151,15 @@ def activation_bytes(config: ModelConfig, tokens: float, element_bytes: int, rec
       streams    2 N W + 4 W + 2 (N N + 2 N)
       attention  2 R + 5 H D + 3 D + G O;  CSA 4 D + 3 D / ratio + 2 He De + He + 4 De;  HCA 2 D + 3 D / ratio
       experts    3 E + K (2 W + 3 F) + 3 F + W
-    and each head and MTP block 4 W + N W, an MTP block 2 N W + 2 W more. Recomputed: N W a block of the trunk, and one block at a time.
-    Within 5% of the tensors that autograd saves, for tiny and nano (tests/train/test_plan.py).
+    and each head and MTP block N W + 2 W; beside them the gradient of each head lies ready in float32. Recomputed: N W a block of the
+    trunk, and one block at a time. Within 6% of the tensors that autograd saved, for tiny and for four layers of nano.
     """
     W, N, depths = config.hidden_size, config.hc_mult, config.num_nextn_predict_layers
     blocks = [_block_numbers(config, layer) for layer in range(config.num_hidden_layers + depths)]
     trunk, mtp = blocks[:config.num_hidden_layers], blocks[config.num_hidden_layers:]
-    ends = (1 + depths) * (4 + N) * W + depths * (2 * N + 2) * W
+    ends = (1 + depths) * (N + 2) * W
     kept = len(trunk) * N * W + max(trunk) if tokens > recompute_above else sum(trunk)
-    return tokens * element_bytes * (kept + sum(mtp) + ends)
+    return tokens * element_bytes * (kept + sum(mtp) + ends) + (1 + depths) * config.vocab_size * W * 4
 
 
 def show(recipe_text: str, config: ModelConfig, plan: Plan, found: Cost, console: Console) -> None:

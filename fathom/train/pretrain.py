@@ -28,7 +28,7 @@ from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import LossWeights, objective
 from fathom.train.phases import check_phases
-from fathom.train.plan import Cost, Plan, cost, show
+from fathom.train.plan import Cost, Optimizers, Plan, cost, show
 from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
 from fathom.train.stability import Guard, Stability
 from fathom.train.tracking import Tracking
@@ -80,6 +80,7 @@ class Pretrain:
     seed: int = 0
     minutes: float | None = None
     optimizer: Matrices = "muon"
+    recompute_above: int = Transformer.recompute_above  # tokens of a step from which blocks are computed anew in the backward pass
     losses: LossWeights = field(default_factory=LossWeights)
     muon: Muon = field(default_factory=Muon)
     adamw: AdamW = field(default_factory=AdamW)
@@ -118,6 +119,7 @@ def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Pa
         corpus = _prepare(recipe.data, config, run, root, console)
         model = Transformer(config).initialise(recipe.seed)
     _check_vocabulary(corpus.tokenizer, config)
+    model.recompute_above = recipe.recompute_above
     check_phases(model, {recipe.schedule.attention_at(first) for first, _ in recipe.schedule.segments()})
     optimizer = restored(Optimizer(model.named_parameters(), config, recipe.muon, recipe.adamw, recipe.optimizer), state)
     _describe(recipe, config, corpus, console)
@@ -133,7 +135,7 @@ def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Pa
 def dry_run(recipe: Pretrain, root: Path, console: Console) -> Cost:
     """Print the resolved recipe and what it comes to, without data, weights or a run folder."""
     config = model_config(recipe, root)
-    found = cost(config, recipe.schedule, recipe.plan, recipe.muon, recipe.adamw, recipe.optimizer)
+    found = cost(config, recipe.schedule, recipe.plan, Optimizers(recipe.muon, recipe.adamw, recipe.optimizer), recipe.recompute_above)
     show(dump(recipe), config, recipe.plan, found, console)
     return found
 

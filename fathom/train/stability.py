@@ -99,7 +99,7 @@ class Guard:
             self.load_state_tensors(state.guard)
             for folder in checkpoints[checkpoints.index(old[-1]) + 1:]:
                 remove_folder(folder)
-        self._anticipate_until = step + self.settings.anticipate_steps
+        self._anticipate_until = step + self.settings.anticipate_steps if self.settings.anticipate_steps else 0
         self._quiet_until = step + max(1, self.settings.anticipate_steps, self.settings.back_steps)
         self._foreseen.clear()
         return state.step if old else None

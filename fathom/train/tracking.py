@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,8 +47,6 @@ class Tracking:
             raise RecipeError(f"layers_every is {self.layers_every} and sample_tokens {self.sample_tokens}; allowed: at least 0, and 1")
         if not all(self.prompts):
             raise RecipeError("prompts has an empty text; give each at least one character")
-        if self.tensorboard and SummaryWriter is None:
-            raise RecipeError("tracking.tensorboard needs one more package; run: pip install 'fathom[tensorboard]'")
 
 
 class Tracker:
@@ -58,7 +57,9 @@ class Tracker:
         self.started = self.printed = time.monotonic()
         self.start = start
         self.file: TextIO | None = None
-        self.board = SummaryWriter(str(run / TENSORBOARD), purge_step=start + 1) if tensorboard else None
+        if tensorboard and SummaryWriter is None:
+            raise RecipeError("tracking.tensorboard needs one more package; run: pip install 'fathom[tensorboard]'")
+        self.tensorboard, self.board = tensorboard, None
         self._rewind(start)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
@@ -133,6 +134,10 @@ class Tracker:
         kept = [line for line in read_metrics(self.run) if line["step"] <= step] if step else []
         write_text(self.run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.run / METRICS, "a", encoding="utf-8")
+        if self.board is not None:
+            self.board.close()
+        if self.tensorboard:
+            self.board = SummaryWriter(str(self.run / TENSORBOARD), purge_step=step + 1)
 
     def _append(self, line: dict[str, Any]) -> None:
         try:
@@ -187,7 +192,7 @@ def draw_curve(run: Path) -> Path | None:
     if train:
         steps, values = zip(*train, strict=True)
         axis.plot(steps, values, color="#9ab6d3", linewidth=0.8)
-        axis.plot(steps, _smoothed(values), color="#1f5a94", linewidth=1.8, label=f"training {name} (smoothed)")
+        axis.plot(steps, smoothed(values), color="#1f5a94", linewidth=1.8, label=f"training {name} (smoothed)")
     axis.set(xlabel="step", ylabel="nats per token" if name == "loss" else "reward", title=f"{run.name}")
     axis.grid(alpha=0.25)
     if held_out:
@@ -205,7 +210,7 @@ def draw_curve(run: Path) -> Path | None:
     return run / CURVE
 
 
-def _smoothed(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
+def smoothed(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """Exponential average, corrected for its start."""
     out, mean, weight = [], 0.0, 0.0
     for value in values:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fathom.model.block import Block, Observation
 from fathom.model.transformer import Transformer
+from fathom.optim.muon import parameter_groups
 
 SAMPLED = 4096  # numbers of a parameter from which the size of its update is taken
 
@@ -22,6 +23,7 @@ class Watch:
 
     def __init__(self, model: Transformer, every: int):
         self.model, self.every = model, every
+        self._matrices = parameter_groups(model.named_parameters(), model.config)[0] if every else {}
         self._found: dict[str, list[Any]] = {}
         self._before: dict[str, Tensor] = {}
 
@@ -45,11 +47,11 @@ class Watch:
                 handle.remove()
 
     def before_update(self, done: int) -> None:
-        """Between the backward pass and clipping: the gradients' norms, and some numbers of every parameter."""
+        """Between the backward pass and clipping: the gradients' norms, and some numbers of every weight matrix."""
         if self.due(done):
             self._found["gradient_norm"] = [_gradient_norm(block) for block in [*self.model.blocks, *self.model.mtp]]
             self._before = {name: parameter.detach().flatten()[:SAMPLED].clone()
-                            for name, parameter in self.model.named_parameters()}
+                            for name, parameter in self.model.named_parameters() if name in self._matrices}
 
     def figures(self, done: int, observations: list[Observation], rate: float) -> dict[str, Any] | None:
         """What a step showed, after its update; None where it was not looked at. `update_rms`: root mean square of the weight
@@ -59,7 +61,7 @@ class Watch:
             return None
         named = dict(self.model.named_parameters())
         moved = [(parameter.detach().flatten()[:SAMPLED] - self._before[name]).float() / rate
-                 for name, parameter in named.items() if parameter.ndim >= 2 and parameter.grad is not None]
+                 for name, parameter in named.items() if parameter.grad is not None and name in self._matrices]
         self._before = {}
         squares = sum(float(change.square().sum()) for change in moved)
         count = sum(len(change) for change in moved)

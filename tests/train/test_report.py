@@ -1,0 +1,68 @@
+"""A run's record as a page and for TensorBoard; what a run spends beside its steps."""
+
+import json
+import re
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fathom.errors import RecipeError
+from fathom.train.charts import Curve, heatmap, line_chart
+from fathom.train.report import write_report
+from fathom.train.tracking import Tracker, overheads
+from tests.runs import fathom, micro_recipe
+
+
+def test_a_run_becomes_one_page_that_needs_nothing_else(tmp_path):
+    recipe = micro_recipe(tmp_path, dense_steps=8, indexer_warmup_steps=3)
+    result = fathom("train", recipe, "--set", 'tracking.prompts=["the <b>sea", "a"]', "--set", "tracking.layers_every=3",
+                    "--set", "tracking.sample_tokens=8", "--set", "optimizer=adamw", "--set", "stability.window=6", timeout=300)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    attention = [line["attention"] for line in lines if "loss" in line]
+    assert attention == ["dense"] * 8 + ["warmup"] * 3 + ["sparse"] * 9
+    assert [line["step"] for line in lines if "samples" in line] == [5, 10, 15, 20]
+    assert "data loading" in result.stdout and "checkpoints" in result.stdout
+
+    result = fathom("report", tmp_path / "run", timeout=300)
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for text in ("Training loss", "Validation, bits per byte", "indexer&#x27;s divergence", "Router entropy", "Expert load", "Layer 1",
+                 "Samples over time", "the &lt;b&gt;sea", "dense_steps = 8", "9: 64 tokens, warmup attention", "checkpoints, of the steps"):
+        assert text in page, text
+    assert not re.search(r'(src|href)=|url\(|@import|<script|the <b>sea', page)
+
+
+def test_reporting_on_nothing_is_one_line(tmp_path):
+    with pytest.raises(RecipeError, match="has recorded no step"):
+        write_report(tmp_path)
+
+
+def test_tensorboard_gets_what_the_file_gets_and_forgets_what_a_rollback_abandons(tmp_path):
+    with Tracker(tmp_path, 5, 0, Console(quiet=True), tensorboard=True) as tracker:
+        for step in (1, 2, 3):
+            tracker.record(step, {"loss": 4.0 - step, "tokens_per_second": 10.0})
+        tracker.record_samples(3, [{"prompt": "a", "text": "b"}])
+        tracker.record_spike(3, 1)
+        tracker.record(2, {"loss": 0.5, "tokens_per_second": 10.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 0.5)]
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in kept] == [(1, 3.0), (2, 0.5)]
+    assert json.loads((tmp_path / "events.jsonl").read_text())["losses"] == [[2, 2.0], [3, 1.0]]
+
+
+def test_overheads_are_shares_of_the_steps_time():
+    lines = [{"seconds": 2.0, "data_seconds": 0.1}, {"seconds": 2.0, "data_seconds": 0.1}, {"checkpoint_seconds": 0.4}]
+    assert overheads(lines) == {"data loading": pytest.approx(0.05), "checkpoints": pytest.approx(0.1), "validation": 0.0}
+    assert overheads([]) == {}
+
+
+def test_charts_hold_all_values_and_survive_odd_ones():
+    chart = line_chart("a < b", [Curve("x", [(0, 1.0), (1, float("nan")), (2, 3.0)]), Curve("none", [])], [(1, "here")])
+    assert "a &lt; b" in chart and chart.count("<circle") == 2 and "here" in chart
+    assert line_chart("empty", [Curve("x", [])]) == ""
+    assert line_chart("zeros", [Curve("x", [(0, 0.0), (1, 0.0)])], logarithmic=True) == ""
+    assert "<polyline" in line_chart("flat", [Curve("x", [(step, 2.0) for step in range(5000)])])
+    assert heatmap("load", [1, 2], [[1.0, 0.0], [1.0, 2.5]]).count("<rect") == 4
