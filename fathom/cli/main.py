@@ -19,7 +19,7 @@ from fathom.cli.options import (
     TemperatureOption,
     TopPOption,
 )
-from fathom.errors import FathomError
+from fathom.errors import FathomError, RecipeError
 
 app = typer.Typer(name="fathom", help="The open, complete DeepSeek-V4 system: train it, talk to it, check it.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -35,7 +35,7 @@ def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption =
     from fathom.recipe import load
     from fathom.train.pretrain import Pretrain, pretrain
 
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of many processes the first one talks
     run = pretrain(load(Pretrain, recipe, set_ or []), recipe.parent, resume, console)
     console.print(f"done: {run}  (talk to it: fathom generate {run} --prompt ...)", soft_wrap=True)
 
@@ -187,5 +187,7 @@ def main() -> None:
         app()
     except FathomError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"fathom: {error}\n")
+        alike = isinstance(error, RecipeError) and os.environ.get("RANK", "0") != "0"  # every process read the same recipe
+        if not (error.told or alike):
+            sys.stderr.write(f"fathom: {error}\n")
         sys.exit(2)

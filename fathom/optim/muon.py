@@ -131,7 +131,7 @@ class Optimizer:
         self.parameters = dict(named_parameters)
         matrices, others = parameter_groups(self.parameters.items(), config)
         self.muon = MuonOptimizer([{"params": [self.parameters[name]], "blocks": blocks}
-                                   for name, blocks in matrices.items()], muon)
+                                   for name, blocks in matrices.items()] or [{"params": []}], muon)
         self.adamw = torch.optim.AdamW([self.parameters[name] for name in others], lr=0.0, eps=adamw.eps,
                                        betas=(adamw.beta1, adamw.beta2), weight_decay=adamw.weight_decay)
         for name in others:  # as AdamW itself would at its first step, so that every state has the same names

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from fathom.checkpoint.training import (
@@ -29,8 +28,11 @@ from fathom.errors import FathomError, RecipeError
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
 from fathom.text.tokenizer import Tokenizer
-from fathom.train.objective import Losses, move_router_biases
+from fathom.train.objective import Losses, Share, move_router_biases
+from fathom.train.parallel import clip_gradients, whole_model
 from fathom.train.qat import released_numbers
+from fathom.train.ranks import ALONE, Nobody, Ranks
+from fathom.train.shares import gradients, tokens_of
 from fathom.train.tracking import Tracker, draw_curve
 
 TRIAL_STEPS = 6
@@ -55,8 +57,8 @@ class Loop:
 class Stage:
     """What one kind of training does at a step (counted from 0)."""
 
-    batch: Callable[[int], Batch]
-    loss: Callable[[Batch, int], Losses]
+    batch: Callable[[int], Batch]  # this rank's rows
+    loss: Callable[[Batch | Share, int], Losses]
     rate: Callable[[int], float]
     bias_speed: Callable[[int], float]
     validate: Callable[[], float] | None  # bits per byte
@@ -68,66 +70,70 @@ class Diverged(FathomError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or a termination signal, after the state was saved."""
+    """Ctrl-C or a termination signal, after the state was saved; every rank stops together."""
+
+    shared = True
 
 
 def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Optimizer, stage: Stage, steps: int,
-              start: int, settings: Loop, console: Console) -> None:
+              start: int, settings: Loop, console: Console, ranks: Ranks = ALONE) -> None:
     """Train from step `start` to `steps`, then draw the curve. Raises Stopped after a signal, with everything saved."""
 
     def save(done: int) -> None:
         state = TrainingState(done, optimizer.state_tensors(), random_state())
-        save_checkpoint(checkpoint_folder(run, done), model, tokenizer, state)
-        prune_checkpoints(run, settings.keep_checkpoints)
+        whole = whole_model(model, ranks)
+        ranks.lead(lambda: save_checkpoint(checkpoint_folder(run, done), whole, tokenizer, state))
+        ranks.lead(lambda: prune_checkpoints(run, settings.keep_checkpoints))
 
     model.train()
     saved = start if list_checkpoints(run) else -1
-    with Tracker(run, steps, start, console) as tracker, _interrupts() as interrupted:
+    with Tracker(run, steps, start, console) if ranks.first else Nobody() as tracker, _interrupts() as interrupted:
         for step in range(start, steps):
             began = time.monotonic()
-            metrics = _step(model, optimizer, stage, step, settings)
+            metrics = _step(model, optimizer, stage, step, settings, ranks)
             metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - began)
             done = step + 1
             tracker.record(done, metrics)
             if stage.validate and (done % settings.validate_every == 0 or done == steps):
                 with _numbers(model, stage, step):
                     tracker.record_validation(done, stage.validate())
-                draw_curve(run)
-            if interrupted or done == steps or done % settings.checkpoint_every == 0:
+                ranks.lead(lambda: draw_curve(run))
+            stop = ranks.any(bool(interrupted) or ranks.orphaned())
+            if stop or done == steps or done % settings.checkpoint_every == 0:
                 save(saved := done)
-            if interrupted and done < steps:
+            if stop and done < steps:
                 tracker.say(f"stopped after step {done}; everything is saved, --resume continues")
-                raise Stopped(interrupted[0])
+                raise Stopped(interrupted[0] if interrupted else signal.SIGTERM)
         if saved < steps:
             save(steps)
-    draw_curve(run)
+    ranks.lead(lambda: draw_curve(run))
     model.eval()
 
 
-def seconds_a_step(model: Transformer, optimizer: Optimizer, stage: Stage, settings: Loop) -> float:
+def seconds_a_step(model: Transformer, optimizer: Optimizer, stage: Stage, settings: Loop, ranks: Ranks = ALONE) -> float:
     """Median time of a training step on this machine, the first one not counted. Spoils the model: hand in a copy."""
     seconds = []
     for step in range(TRIAL_STEPS):
         began = time.monotonic()
-        _step(model, optimizer, stage, step, settings)
+        _step(model, optimizer, stage, step, settings, ranks)
         seconds.append(time.monotonic() - began)
-    return statistics.median(seconds[1:])
+    return ranks.largest(statistics.median(seconds[1:]))
 
 
-def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop) -> dict[str, float]:
+def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop, ranks: Ranks) -> dict[str, float]:
     batch = stage.batch(step)
     optimizer.zero_grad()
     with _numbers(model, stage, step):
-        losses = stage.loss(batch, step)
-        losses.total.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm))
+        losses = gradients(model, stage.loss, batch, step, ranks)
+    norm = clip_gradients(model, settings.clip_norm, ranks)
     if not (math.isfinite(norm) and all(map(math.isfinite, losses.parts.values()))):
-        raise Diverged(f"step {step + 1} gave loss {losses.parts['loss']} and gradient norm {norm}; nothing was updated: "
-                       "lower the learning rate and resume from the last checkpoint")
+        raise ranks.together(Diverged(
+            f"step {step + 1} gave loss {losses.parts['loss']} and gradient norm {norm}; nothing was updated: "
+            "lower the learning rate and resume from the last checkpoint"))
     rate = stage.rate(step)
     optimizer.step(rate)
     load = move_router_biases(model, losses.observations, stage.bias_speed(step))
-    return losses.parts | load | {"gradient_norm": norm, "rate": rate, "tokens": batch.tokens_BS.numel()}
+    return losses.parts | load | {"gradient_norm": norm, "rate": rate, "tokens": tokens_of(batch, ranks)}
 
 
 def _numbers(model: Transformer, stage: Stage, step: int) -> AbstractContextManager[None]:

@@ -17,12 +17,16 @@ from fathom.data.store import TokenStore, build_store
 from fathom.errors import RecipeError
 from fathom.evals.perplexity import bits_per_byte, held_out_batches, token_byte_lengths
 from fathom.model.transformer import Transformer
-from fathom.optim.muon import AdamW, Muon, Optimizer
+from fathom.optim.muon import AdamW, Muon
 from fathom.optim.schedules import Schedule
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import LossWeights, objective
+from fathom.train.parallel import parallelise
+from fathom.train.rank_optimizer import make_optimizer
+from fathom.train.ranks import Parallel, Ranks, join
 from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
+from fathom.train.shares import blank, rank_rows
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,11 @@ class Pretrain:
     muon: Muon = field(default_factory=Muon)
     adamw: AdamW = field(default_factory=AdamW)
     loop: Loop = field(default_factory=Loop)
+    parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self):
+        if self.parallel.shard > 1 and self.schedule.quantise_from is not None:
+            raise RecipeError("schedule.quantise_from needs whole matrices on every rank; set parallel.shard = 1")
         if self.minutes is not None and self.minutes <= 0:
             raise RecipeError(f"minutes is {self.minutes}; allowed: above 0")
         if self.dense_steps < 0:
@@ -79,7 +86,15 @@ class Corpus:
 
 
 def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Path:
-    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
+    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C.
+
+    Started by torchrun, this is one of the recipe's `parallel` ranks, and all of them call it.
+    """
+    with join(recipe.parallel) as ranks:
+        return _pretrain(recipe, root, resume, console, ranks)
+
+
+def _pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, ranks: Ranks) -> Path:
     run = Path(recipe.run)
     config = _config(recipe.model, root)
     state = None
@@ -87,41 +102,42 @@ def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Pa
         recipe = resumed_recipe(run, recipe)
         model, state = continue_run(run)
         config = model.config
-        corpus = Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part, verify=True)
-                                                             for part in ("train", "held_out")))
     else:
-        start_run(run, recipe)
-        corpus = _prepare(recipe.data, config, run, root, console)
+        ranks.lead(lambda: start_run(run, recipe))
+        ranks.lead(lambda: _prepare(recipe.data, config, run, root, console), patient=True)
         model = Transformer(config).initialise(recipe.seed)
+    corpus = Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part, verify=resume and ranks.first)
+                                                         for part in ("train", "held_out")))
     _check_vocabulary(corpus.tokenizer, config)
-    optimizer = restored(Optimizer(model.named_parameters(), config, recipe.muon, recipe.adamw), state)
     _describe(recipe, config, corpus, console)
     if recipe.minutes and not resume:
-        recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, corpus), console)
-    stage = _stage(recipe, model, corpus)
-    run_stage(run, model, corpus.tokenizer, optimizer, stage, recipe.schedule.steps, state.step if state else 0,
-              recipe.loop, console)
+        recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, corpus, ranks), console, ranks)
+    model = parallelise(model, ranks)
+    optimizer = restored(make_optimizer(model, recipe.muon, recipe.adamw, ranks), state)
+    run_stage(run, model, corpus.tokenizer, optimizer, _stage(recipe, model, corpus, ranks), recipe.schedule.steps,
+              state.step if state else 0, recipe.loop, console, ranks)
     return run
 
 
-def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus) -> Stage:
+def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus, ranks: Ranks) -> Stage:
     schedule, pad_id = recipe.schedule, corpus.tokenizer.pad_id
     packed = {length: PackedData(corpus.train, length, recipe.seed, pad_id) for length in schedule.lengths}
     validation = held_out_batches(corpus.held_out, schedule.lengths[-1], pad_id, recipe.data.validation_tokens)
     byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size)
     return Stage(
-        batch=lambda step: packed[schedule.length_at(step)].rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
+        batch=lambda step: rank_rows(packed[schedule.length_at(step)], schedule.first_row_at(step), schedule.batch_rows_at(step), ranks),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step),
                                            "dense" if step < recipe.dense_steps else "sparse"),
         rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at,
-        validate=lambda: bits_per_byte(model, validation, byte_lengths_V))
+        validate=lambda: bits_per_byte(model, ranks.deal(validation, blank), byte_lengths_V, ranks.sum))
 
 
 def _config(model: str, root: Path) -> ModelConfig:
     return ModelConfig.preset(model) if model in PRESETS else ModelConfig.load(root / model)
 
 
-def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> Corpus:
+def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> None:
+    """Write the run's tokenizer and token stores."""
     console.print(f"reading {', '.join(data.sources)}", soft_wrap=True)
     train, held_out = split_held_out(read_documents(data.sources, root), data.held_out, data.piece_bytes)
     if data.tokenizer == "train":
@@ -137,12 +153,10 @@ def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Co
     with Progress(TextColumn("tokenising"), BarColumn(bar_width=24), TimeRemainingColumn(), console=console,
                   disable=not console.is_terminal) as progress:
         task = progress.add_task("tokenising", total=total)
-        stores = [build_store(run / "data" / part, documents, tokenizer.encode_many, bos_id=tokenizer.bos_id,
-                              eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
-                              fingerprint=tokenizer.fingerprint,
-                              progress=lambda done: progress.update(task, completed=done))
-                  for part, documents in (("train", train), ("held_out", held_out))]
-    return Corpus(tokenizer, *stores)
+        for part, documents in (("train", train), ("held_out", held_out)):
+            build_store(run / "data" / part, documents, tokenizer.encode_many, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
+                        vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint,
+                        progress=lambda done: progress.update(task, completed=done))
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
