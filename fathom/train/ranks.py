@@ -118,15 +118,12 @@ ALONE = Ranks(Parallel())
 
 
 class Processes(Ranks):
-    """This process as one of many."""
+    """This process as one of many, that `connect` has brought together."""
 
     def __init__(self, parallel: Parallel):
         super().__init__(parallel)
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=parallel.timeout))
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first, self.parent = self.rank == 0, os.getppid()
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, parallel.sizes, mesh_dim_names=AXES)
@@ -198,6 +195,14 @@ class Processes(Ranks):
         dist.destroy_process_group()
 
 
+def connect(timeout: float) -> None:
+    """Find the other processes: over NCCL where there is CUDA, else over gloo. `timeout` in seconds."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+
+
 @contextmanager
 def join(parallel: Parallel) -> Iterator[Ranks]:
     """Inside, this process is one of the run's ranks.
@@ -211,6 +216,7 @@ def join(parallel: Parallel) -> Iterator[Ranks]:
         return
     ranks = None
     try:
+        connect(parallel.timeout)
         ranks = Processes(parallel)
         yield ranks
         ranks.part()
