@@ -107,12 +107,13 @@ def _pass(sent: Tensor, received: Tensor, step: int, group: Group) -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' entries [sum of counts, D], rank after rank. `raw`, from which they were made, only keeps its place in the graph."""
+    """All ranks' entries [sum of counts, D], rank after rank."""
 
     @staticmethod
-    def forward(ctx, own_ND: Tensor, raw: Tensor, counts: list[int], group: Group) -> Tensor:
-        ctx.counts, ctx.group, ctx.raw = counts, group, raw.shape
-        most = max(counts)
+    def forward(ctx, own_ND: Tensor, counts: list[int], group: Group) -> Tensor:
+        ctx.counts, ctx.group, most = counts, group, max(counts)
+        if not most:
+            return own_ND.clone()
         padded = torch.cat([own_ND, own_ND.new_zeros(most - len(own_ND), own_ND.shape[1])])
         all_RMD = own_ND.new_empty(len(counts), most, own_ND.shape[1])
         dist.all_gather(list(all_RMD), padded, group=group)
@@ -122,9 +123,9 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         grad_ND = grad_ND.contiguous().clone()
-        dist.all_reduce(grad_ND, group=ctx.group)
-        own_ND = grad_ND.split(ctx.counts)[dist.get_rank(ctx.group)]
-        return own_ND, grad_ND.new_zeros(()).expand(ctx.raw), None, None
+        if len(grad_ND):
+            dist.all_reduce(grad_ND, group=ctx.group)
+        return grad_ND.split(ctx.counts)[dist.get_rank(ctx.group)], None, None
 
 
 class _Before:
@@ -132,20 +133,17 @@ class _Before:
 
     def __init__(self, size: int, group: Group):
         self.size, self.group = size, group
-        self.joined: Tensor | None = None
 
     def extend(self, new_BSC: Tensor, moves: Moves) -> Tensor:
         """The rank before's last items followed by the new ones [B, R + S, C]."""
-        self.joined = _FromBefore.apply(new_BSC, self.size, self.group)
-        return self.joined
+        return _FromBefore.apply(new_BSC, self.size, self.group)
 
 
 class _Gathered:
     """In the place of a Stream: the entries of all ranks."""
 
-    def __init__(self, channels: int, ratio: int, layout: PartLayout, group: Group):
-        self.channels, self.made, self.group = channels, layout.made[ratio], group
-        self.rows = len(layout.start_B)
+    def __init__(self, ratio: int, layout: PartLayout, group: Group):
+        self.made, self.group, self.rows = layout.made[ratio], group, len(layout.start_B)
         self.tail = _Before(tail_size(ratio), group)
         self.own_ND: Tensor | None = None
 
@@ -155,14 +153,8 @@ class _Gathered:
 
     def entries(self, count: int) -> Tensor:
         """Every rank's entries [B, M, D]."""
-        raw, self.tail.joined = self.tail.joined, None
-        own_ND, self.own_ND = self.own_ND, None
-        if own_ND is None:
-            own_ND = raw.new_zeros(0, self.channels)
-        if not sum(self.made.counts):
-            return raw.new_zeros(self.rows, count, self.channels) + 0 * raw.sum()
-        all_ND = _Gather.apply(own_ND, raw, self.made.counts, self.group)
-        empty_BMD = all_ND.new_zeros(self.rows, count, self.channels)
+        all_ND, self.own_ND = _Gather.apply(self.own_ND, self.made.counts, self.group), None
+        empty_BMD = all_ND.new_zeros(self.rows, count, all_ND.shape[1])
         return empty_BMD.index_put((self.made.row_N, self.made.slot_N), all_ND)
 
 
@@ -172,8 +164,8 @@ class _PartLayer:
     def __init__(self, config: ModelConfig, layer: int, layout: PartLayout, group: Group):
         ratio = config.ratio(layer)
         self.window = _Before(config.sliding_window, group)
-        self.entries = _Gathered(config.head_dim, ratio, layout, group) if ratio else None
-        self.keys = _Gathered(config.index_head_dim, ratio, layout, group) if config.kind(layer) == "csa" else None
+        self.entries = _Gathered(ratio, layout, group) if ratio else None
+        self.keys = _Gathered(ratio, layout, group) if config.kind(layer) == "csa" else None
 
 
 class PartCache:

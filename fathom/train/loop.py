@@ -90,7 +90,7 @@ def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Op
     with Tracker(run, steps, start, console) if ranks.first else Nobody() as tracker, _interrupts() as interrupted:
         for step in range(start, steps):
             began = time.monotonic()
-            metrics = _step(model, optimizer, stage, step, settings, ranks)
+            metrics = take_step(model, optimizer, stage, step, settings, ranks)
             metrics["tokens_per_second"] = metrics["tokens"] / (time.monotonic() - began)
             done = step + 1
             tracker.record(done, metrics)
@@ -115,12 +115,13 @@ def seconds_a_step(model: Transformer, optimizer: Optimizer, stage: Stage, setti
     seconds = []
     for step in range(TRIAL_STEPS):
         began = time.monotonic()
-        _step(model, optimizer, stage, step, settings, ranks)
+        take_step(model, optimizer, stage, step, settings, ranks)
         seconds.append(time.monotonic() - began)
     return ranks.largest(statistics.median(seconds[1:]))
 
 
-def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop, ranks: Ranks) -> dict[str, float]:
+def take_step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop, ranks: Ranks) -> dict[str, float]:
+    """One step on this rank, in step with the others; its metrics. Diverged, on every rank, where the numbers are none."""
     batch = stage.batch(step)
     optimizer.zero_grad()
     with _numbers(model, stage, step):
