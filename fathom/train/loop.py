@@ -29,7 +29,7 @@ from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.objective import Losses, Share, move_router_biases
-from fathom.train.parallel import clip_gradients, whole_model
+from fathom.train.parallel import clip_gradients, gradient_norm, whole_model
 from fathom.train.qat import released_numbers
 from fathom.train.ranks import ALONE, Nobody, Ranks
 from fathom.train.shares import gradients, tokens_of
@@ -126,15 +126,16 @@ def take_step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int,
     optimizer.zero_grad()
     with _numbers(model, stage, step):
         losses = gradients(model, stage.loss, batch, step, ranks)
-    norm = clip_gradients(model, settings.clip_norm, ranks)
+    norm = gradient_norm(model, ranks)
     if not (math.isfinite(norm) and all(map(math.isfinite, losses.parts.values()))):
         raise ranks.together(Diverged(
-            f"step {step + 1} gave loss {losses.parts['loss']} and gradient norm {norm}; nothing was updated: "
+            f"step {step + 1} gave loss {losses.parts['loss']} and gradient norm {float(norm)}; nothing was updated: "
             "lower the learning rate and resume from the last checkpoint"))
+    clip_gradients(model, norm, settings.clip_norm)
     rate = stage.rate(step)
     optimizer.step(rate)
     load = move_router_biases(model, losses.observations, stage.bias_speed(step))
-    return losses.parts | load | {"gradient_norm": norm, "rate": rate, "tokens": tokens_of(batch, ranks)}
+    return losses.parts | load | {"gradient_norm": float(norm), "rate": rate, "tokens": tokens_of(batch, ranks)}
 
 
 def _numbers(model: Transformer, stage: Stage, step: int) -> AbstractContextManager[None]:

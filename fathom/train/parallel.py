@@ -4,13 +4,13 @@ Data parallelism needs nothing but the sum of gradients. That sum is made here, 
 wraps one forward call, where a step has several and a loss that is normalised over all of them.
 """
 
-import math
+import warnings
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fathom.checkpoint.layouts import meta_model
 from fathom.errors import RecipeError
@@ -49,6 +49,7 @@ def _shard_experts(model: Transformer, ranks: Ranks) -> None:
 
 def _shard_weights(model: Transformer, ranks: Ranks) -> None:
     """FSDP2, replicated over `data` and sharded over `shard`; each block gathers its weights when it runs. Gradients are sums."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # the model changes nothing in place
     mesh = ranks.mesh["data", "shard"] if ranks.parallel.data > 1 else ranks.mesh["shard"]
     for block in [*model.blocks, *model.mtp]:
         fully_shard(block, mesh=mesh)
@@ -111,22 +112,26 @@ def _all_reduce(tensors: list[Tensor], group: Group) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, limit: float, ranks: Ranks) -> float:
-    """Scale all gradients down together to a norm of at most `limit`; returns the norm that they had."""
+def gradient_norm(model: nn.Module, ranks: Ranks) -> Tensor:
+    """The norm of all gradients together, a scalar."""
     if ranks.parallel.expert == ranks.parallel.shard == 1:  # every rank has all gradients
-        return float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+        return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     sharded = expert_parameters(model)
     squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:  # added up over all ranks, each square counts once
             copies = ranks.count // (ranks.parallel.shard * (ranks.expert_ranks if name in sharded else 1))
             squares += local(parameter.grad).double().square().sum() / copies
-    norm = math.sqrt(float(ranks.sum(squares)))
-    if norm > limit:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                local(parameter.grad).mul_(limit / (norm + 1e-6))
-    return norm
+    return ranks.sum(squares).sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
+    """Scale all gradients, whose norm is given, down together to a norm of at most `limit`."""
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            local(parameter.grad).mul_(scale.to(parameter.grad.dtype))
 
 
 @torch.no_grad()
@@ -144,6 +149,19 @@ def whole_model(model: Transformer, ranks: Ranks) -> Transformer:
     for name, buffer in model.named_buffers():
         _put(full, name, buffer.cpu())
     return full
+
+
+@torch.no_grad()
+def take_weights(model: Transformer, source: Transformer, ranks: Ranks) -> None:
+    """Set the model's weights and buffers to this rank's part of a whole model's, such as a checkpoint's."""
+    given, sharded = source.state_dict(), expert_parameters(model)
+    for name, tensor in model.state_dict().items():
+        new = given[name].to(tensor.device)
+        if name in sharded:
+            new = new[ranks.expert_index * len(tensor):][:len(tensor)]
+        if isinstance(tensor, DTensor):
+            new = distribute_tensor(new, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(new)
 
 
 def _all_experts(part_EOI: Tensor, ranks: Ranks) -> Tensor:

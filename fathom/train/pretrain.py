@@ -26,7 +26,7 @@ from fathom.train.parallel import parallelise
 from fathom.train.rank_optimizer import make_optimizer
 from fathom.train.ranks import Parallel, Ranks, join
 from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
-from fathom.train.shares import blank, rank_rows
+from fathom.train.shares import deal, rank_rows
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def _pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, rank
     state = None
     if resume:
         recipe = resumed_recipe(run, recipe)
-        model, state = continue_run(run)
+        loaded = []
+        ranks.lead(lambda: loaded.append(continue_run(run)))  # first alone: what is wrong with a checkpoint is said once
+        model, state = loaded[0] if loaded else continue_run(run)
         config = model.config
     else:
         ranks.lead(lambda: start_run(run, recipe))
@@ -122,14 +124,14 @@ def _pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, rank
 def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus, ranks: Ranks) -> Stage:
     schedule, pad_id = recipe.schedule, corpus.tokenizer.pad_id
     packed = {length: PackedData(corpus.train, length, recipe.seed, pad_id) for length in schedule.lengths}
-    validation = held_out_batches(corpus.held_out, schedule.lengths[-1], pad_id, recipe.data.validation_tokens)
-    byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size)
+    validation = deal(held_out_batches(corpus.held_out, schedule.lengths[-1], pad_id, recipe.data.validation_tokens), ranks)
+    byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size).to(ranks.device)
     return Stage(
         batch=lambda step: rank_rows(packed[schedule.length_at(step)], schedule.first_row_at(step), schedule.batch_rows_at(step), ranks),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step),
                                            "dense" if step < recipe.dense_steps else "sparse"),
         rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at,
-        validate=lambda: bits_per_byte(model, ranks.deal(validation, blank), byte_lengths_V, ranks.sum))
+        validate=lambda: bits_per_byte(model, validation, byte_lengths_V, ranks.sum))
 
 
 def _config(model: str, root: Path) -> ModelConfig:

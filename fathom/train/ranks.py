@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fathom.errors import FathomError, RecipeError
 
 Group = dist.ProcessGroup
-Item = TypeVar("Item")
 AXES = ("data", "shard", "expert", "context")
 PARTING_SECONDS = 30
 DAY = timedelta(days=1)
 # How gloo and NCCL say that another process is gone or silent; their errors have no type of their own.
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|store", re.IGNORECASE)
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|TCPStore", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,6 @@ class Ranks:
         """Let the first rank do this while the others wait; where it fails with a FathomError, all do. `patient`: for up to a day."""
         work()
 
-    def deal(self, items: list[Item], blank: Callable[[Item], Item]) -> list[Item]:
-        """This rank's share of a list, filled up with blanks so that all ranks have as many."""
-        return items
-
     def together(self, error: FathomError) -> FathomError:
         """Mark an error that every rank meets at the same point, so that only the first one says it."""
         return error
@@ -175,11 +169,6 @@ class Processes(Ranks):
         dist.broadcast_object_list(told, src=0, group=self.waiting if patient else self.control)
         if told[0] is not None:
             raise self.together(failure or FathomError(told[0])) from failure
-
-    def deal(self, items: list[Item], blank: Callable[[Item], Item]) -> list[Item]:
-        own = items[self.batch_index::self.batch_ranks] if self.context_index == 0 else []
-        each = -(-len(items) // self.batch_ranks)
-        return own + [blank(items[0])] * (each - len(own))
 
     def together(self, error: FathomError) -> FathomError:
         error.shared, error.told = True, not self.first

@@ -4,6 +4,7 @@ Every share's loss is its part of the whole step's loss (train/objective.py), so
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -53,23 +54,29 @@ def rank_rows(data: Rows, first: int, count: int, ranks: Ranks) -> Batch:
                     real=real)
 
 
-def blank(batch: Batch) -> Batch:
-    """A batch of the same shape in which nothing is predicted."""
-    return Batch(batch.tokens_BS, torch.full_like(batch.targets_BS, IGNORE), batch.positions_BS)
+def deal(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+    """This rank's share of some batches, filled up with ones that predict nothing so that all ranks have as many."""
+    own = batches[ranks.batch_index::ranks.batch_ranks] if ranks.context_index == 0 else []
+    missing = -(-len(batches) // ranks.batch_ranks) - len(own)
+    blank = Batch(batches[0].tokens_BS, torch.full_like(batches[0].targets_BS, IGNORE), batches[0].positions_BS)
+    return [_on(batch, ranks) for batch in own + [blank] * missing]
 
 
-def gradients(model: Transformer, loss: Callable[[Batch | Share, int], Losses], batch: Batch, step: int, ranks: Ranks) -> Losses:
+def gradients(model: Transformer, loss: Callable[[Batch | Share, int], Losses], batch: Batch, step: int, ranks: Ranks,
+              around: Callable[[], AbstractContextManager] = nullcontext) -> Losses:
     """Run the step's forward and backward passes, so that every parameter's `grad` is the whole step's; returns its losses.
 
-    `batch` holds this rank's rows. The observations of the result carry the loads of all tokens; its `total` has no graph.
+    `batch` holds this rank's rows; each forward pass, not its backward pass, runs inside `around`. The observations of the result carry the loads of all tokens; its `total` has no graph.
     """
     if ranks.count == 1 and ranks.parallel.accumulate == 1:
-        losses = loss(batch, step)
+        with around():
+            losses = loss(batch, step)
         losses.total.backward()
         return losses
     found = []
     for share in cut(model, batch, ranks):
-        losses = loss(share, step)
+        with around():
+            losses = loss(share, step)
         losses.total.backward()
         found.append(Losses(losses.total.detach(), losses.parts, losses.observations))
     sum_gradients(model, ranks)
@@ -82,7 +89,7 @@ def cut(model: Transformer, batch: Batch, ranks: Ranks) -> list[Share]:
     shares, real_rows = [], []
     for begin in range(0, B, size):
         rows = slice(begin, begin + size)
-        whole = whole_share(model, Batch(*(x[rows].to(ranks.device) for x in (batch.tokens_BS, batch.targets_BS, batch.positions_BS))))
+        whole = whole_share(model, _on(Batch(batch.tokens_BS[rows], batch.targets_BS[rows], batch.positions_BS[rows]), ranks))
         real_rows.append(min(max(_real(batch) - begin, 0), len(whole.tokens_BS)))
         shares.append(_part(model, whole, real_rows[-1], ranks))
     counts = _counts([share.own for share in shares], sum(real_rows), ranks)
@@ -131,3 +138,8 @@ def tokens_of(batch: Batch, ranks: Ranks) -> int:
 
 def _real(batch: Batch) -> int:
     return batch.real if isinstance(batch, RankRows) else len(batch.tokens_BS)
+
+
+def _on(batch: Batch, ranks: Ranks) -> Batch:
+    """The batch on the rank's device."""
+    return Batch(*(x.to(ranks.device) for x in (batch.tokens_BS, batch.targets_BS, batch.positions_BS)))
