@@ -271,6 +271,7 @@ def test_killed_at_random_moments_it_resumes_from_whole_checkpoints(tmp_path, un
         time.sleep(rng.random() * 0.05)
         running.kill()
         done = reached(run)
+        print(f"kill {number + 1}: {done} steps done, newest checkpoint {newest(run)}", flush=True)
         assert newest(run) >= (done - 1) // 5 * 5, f"kill {number}: {done} steps done, checkpoint {newest(run)}"
     finish(recipe, *(("--resume",) if newest(run) else ()))
     assert losses(run) == losses(unbroken) and weights(run) == weights(unbroken)
