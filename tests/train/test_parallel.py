@@ -20,9 +20,11 @@ from fathom.train.rank_optimizer import assign
 from fathom.train.ranks import Parallel, join
 from tests.models import small_config
 from tests.runs import command, environment, fathom, losses, micro_recipe
+from tests.train.kills import newest
 
 STEPS, SECONDS = 30, 300
-KILLS = int(os.environ.get("FATHOM_KILLS", "0"))
+KILLS = int(os.environ.get("FATHOM_KILLS", "3"))  # 50 before a release
+ROOT = Path(__file__).parents[2]
 
 
 def torchrun(ranks, *arguments, launcher=()):
@@ -39,7 +41,7 @@ def findings(request, tmp_path_factory):
     """What each rank found out about each mode (tests/train/parallel_worker.py)."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     result = subprocess.run(torchrun(request.param, "tests.train.parallel_worker", folder), env=environment(), capture_output=True,
-                            text=True, timeout=3 * SECONDS, cwd=Path(__file__).parents[2])
+                            text=True, timeout=3 * SECONDS, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-6000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
@@ -184,11 +186,6 @@ def weights(run, step=STEPS):
     return (run / "checkpoints" / f"step-{step:06d}" / "model.safetensors").read_bytes()
 
 
-def newest(run):
-    """The step of the newest checkpoint."""
-    return max([int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*")], default=0)
-
-
 def alive(pid):
     """Whether a process runs; one that nobody waits for does not."""
     try:
@@ -251,30 +248,12 @@ def test_a_run_survives_a_silent_rank_a_killed_one_a_signal_a_kill_of_all_and_a_
     assert losses(running.run) == losses(unbroken) and weights(running.run) == weights(unbroken)
 
 
-@pytest.mark.skipif(not KILLS, reason="FATHOM_KILLS=50 kills all processes at 50 random moments")
 def test_killed_at_random_moments_it_resumes_from_whole_checkpoints(tmp_path, unbroken):
-    recipe, rng = recipe_in(tmp_path), random.Random(os.environ.get("FATHOM_SEED", "1"))
-    run = recipe.parent / "run"
-    for number in range(KILLS):
-        before = newest(run)
-        if before > STEPS - 5:  # the end came first: begin anew
-            assert before < STEPS or losses(run) == losses(unbroken) and weights(run) == weights(unbroken)
-            shutil.rmtree(run)
-            before = 0
-        elif not before:
-            shutil.rmtree(run, ignore_errors=True)
-        running = Running(recipe, *(("--resume",) if before else ()))
-        if rng.random() < 0.5:
-            running.wait_for_a_checkpoint_being_written()
-        else:
-            running.wait_for_step(before + 1 + rng.randrange(5))
-        time.sleep(rng.random() * 0.05)
-        running.kill()
-        done = reached(run)
-        print(f"kill {number + 1}: {done} steps done, newest checkpoint {newest(run)}", flush=True)
-        assert newest(run) >= (done - 1) // 5 * 5, f"kill {number}: {done} steps done, checkpoint {newest(run)}"
-    finish(recipe, *(("--resume",) if newest(run) else ()))
-    assert losses(run) == losses(unbroken) and weights(run) == weights(unbroken)
+    recipe = recipe_in(tmp_path)
+    result = subprocess.run([sys.executable, "-m", "tests.train.kills", str(tmp_path), str(KILLS), os.environ.get("FATHOM_SEED", "1")],
+                            env=environment(), capture_output=True, text=True, timeout=SECONDS + 120 * KILLS, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    assert losses(recipe.parent / "run") == losses(unbroken) and weights(recipe.parent / "run") == weights(unbroken)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, unbroken):
