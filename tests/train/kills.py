@@ -88,7 +88,7 @@ def main() -> None:
             shutil.rmtree(run, ignore_errors=True)
             before = 0
         left, inode = partial(run), (run / "metrics.jsonl").stat().st_ino if (run / "metrics.jsonl").exists() else None
-        pids, at = start(recipe, before > 0), before + rng.randrange(1, 2 * EVERY)
+        pids, at = start(recipe, before > 0), min(before + rng.randrange(1, 2 * EVERY), steps - 1)
         while_writing = rng.random() < 0.4
         found = wait(pids, lambda: partial(run) - left if while_writing else (
             (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_ino != inode and steps_done(run) >= at))
