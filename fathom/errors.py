@@ -6,7 +6,12 @@ its traceback.
 
 
 class FathomError(Exception):
-    """Base of all errors caused by what a user handed in; `str(error)` is one complete line."""
+    """Base of all errors caused by what a user handed in; `str(error)` is one complete line.
+
+    Where a run has many processes, `shared`: all of them meet the error at the same point; `told`: another one says it.
+    """
+
+    shared = told = False
 
 
 class ConfigError(FathomError, ValueError):

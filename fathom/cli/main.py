@@ -24,7 +24,7 @@ from fathom.cli.options import (
     TemperatureOption,
     TopPOption,
 )
-from fathom.errors import FathomError
+from fathom.errors import FathomError, RecipeError
 
 app = typer.Typer(name="fathom", help="The open, complete DeepSeek-V4 system: train it, talk to it, check it.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -43,7 +43,7 @@ def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption =
     from fathom.recipe import load
     from fathom.train.pretrain import Pretrain, dry_run, pretrain
 
-    console, loaded = Console(), load(Pretrain, recipe, set_ or [])
+    console, loaded = Console(quiet=os.environ.get("RANK", "0") != "0"), load(Pretrain, recipe, set_ or [])  # of many the first one talks
     if dry:
         dry_run(loaded, recipe.parent, console)
         return
@@ -224,5 +224,7 @@ def main() -> None:
         app()
     except FathomError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"fathom: {error}\n")
+        alike = isinstance(error, RecipeError) and os.environ.get("RANK", "0") != "0"  # every process read the same recipe
+        if not (error.told or alike):
+            sys.stderr.write(f"fathom: {error}\n")
         sys.exit(2)

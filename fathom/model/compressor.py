@@ -36,7 +36,7 @@ class Compressor(nn.Module):
         raw_BJC = torch.cat([self.value(x_BSW), score_BSC], -1)
         if stream is not None:
             raw_BJC = stream.tail.extend(raw_BJC, layout.moves)
-            if not len(blocks.row_N):  # most decoded tokens complete no block
+            if not len(blocks.row_N) and not torch.is_grad_enabled():  # most decoded tokens complete no block
                 return stream.entries(blocks.entries)
         value_BJC, score_BJC = raw_BJC.chunk(2, -1)
         pooled_ND = ops.pool_blocks(value_BJC, score_BJC, blocks.current_NR, blocks.previous_NR, blocks.has_previous_N)

@@ -66,6 +66,10 @@ class Experts(nn.Module):
         for name in ("gate_scale", "up_scale", "down_scale"):
             self.register_buffer(name, None)
 
+    def forward(self, x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, limit: float) -> Tensor:
+        """The weighted sum of each token's K experts [N, W] in float32."""
+        return ops.routed_experts(x_NW, expert_NK, weight_NK, *self.matrices(), limit, self.rounding)
+
     def matrices(self) -> list[ops.Matrix]:
         """Gate, up and down."""
         return [codes if scale is None else Packed(codes, scale) for codes, scale in (
@@ -87,7 +91,9 @@ class SharedExpert(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Router, routed experts and the shared expert."""
+    """Router, routed experts and the shared expert. `balance` makes the balance loss; it is set from outside where rows are split."""
+
+    balance = ops.sequence_balance
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -100,14 +106,12 @@ class MixtureOfExperts(nn.Module):
                 observe: bool) -> tuple[Tensor, Routing | None]:
         """The sublayer's output [B, S, W] and, where `observe`, what training reads."""
         affinity_BSE, expert_BSK, weight_BSK = self.router(x_BSW, token_BS)
-        routed_NW = ops.routed_experts(
-            x_BSW.flatten(0, 1), expert_BSK.flatten(0, 1), weight_BSK.flatten(0, 1),
-            *self.experts.matrices(), self.limit, self.experts.rounding)
+        routed_NW = self.experts(x_BSW.flatten(0, 1), expert_BSK.flatten(0, 1), weight_BSK.flatten(0, 1), self.limit)
         out_BSW = (routed_NW.view(*x_BSW.shape) + ops.wide(self.shared(x_BSW))).to(x_BSW.dtype)
         if not observe:
             return out_BSW, None
         load_E = expert_BSK[layout.real_BS].flatten().bincount(minlength=affinity_BSE.shape[-1])
-        balance = None if self.router.by_hash else ops.sequence_balance(affinity_BSE, expert_BSK, layout.real_BS)
+        balance = None if self.router.by_hash else self.balance(affinity_BSE, expert_BSK, layout.real_BS)
         return out_BSW, Routing(load_E, balance)
 
 

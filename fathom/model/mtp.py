@@ -42,5 +42,5 @@ class MTPBlock(Block):
         """The hidden state for the head [B, S, W], the block's own streams [B, S, N, W], and an Observation."""
         X_BSNW = (self.embed_proj(self.embed_norm(next_embedding_BSW))[:, :, None]
                   + self.hidden_proj(self.hidden_norm(X_BSNW)))
-        X_BSNW, observation = self(X_BSNW, next_token_BS, layout, cache, phase)
+        X_BSNW, observation = self.forward(X_BSNW, next_token_BS, layout, cache, phase)
         return self.norm(self.collapse(X_BSNW)), X_BSNW, observation

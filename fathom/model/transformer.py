@@ -101,14 +101,20 @@ class Transformer(nn.Module):
         embed, head = self.mtp_ends(0)
         return head(self.mtp[0].predict(X_BSNW[:, :-1], embed(next_BS), next_BS, layout, None)[0])
 
-    def features(self, token_BS: Tensor, position_BS: Tensor, next_tokens: list[Tensor], phase: Phase) -> Features:
-        """A training forward. `next_tokens`: for each MTP depth in use, the ids [B, S] that it sees beside the streams."""
-        layout = self._layout(token_BS, position_BS, None, None)
-        X_BSNW, observations = self._trunk(token_BS, layout, None, phase)
+    def features(self, token_BS: Tensor, position_BS: Tensor, next_tokens: list[Tensor], phase: Phase,
+                 layout: Layout | None = None, cache: Cache | None = None) -> Features:
+        """A training forward. `next_tokens`: for each MTP depth in use, the ids [B, S] that it sees beside the streams.
+
+        Tokens that are a part of longer rows come with the `layout` of that part and a `cache`, one layer for each block and MTP
+        block, that brings what lies outside of it.
+        """
+        layout = layout or self._layout(token_BS, position_BS, None, None)
+        X_BSNW, observations = self._trunk(token_BS, layout, cache, phase)
         hidden_BSW, mtp_hidden = self.norm(self.collapse(X_BSNW)), []
         for depth, (block, next_BS) in enumerate(zip(self.mtp, next_tokens, strict=False)):
             embed, _ = self.mtp_ends(depth)
-            depth_hidden_BSW, X_BSNW, observation = block.predict(X_BSNW, embed(next_BS), next_BS, layout, phase)
+            depth_hidden_BSW, X_BSNW, observation = block.predict(
+                X_BSNW, embed(next_BS), next_BS, layout, phase, cache and cache.layers[len(self.blocks) + depth])
             mtp_hidden.append(depth_hidden_BSW)
             observations.append(observation)
         return Features(hidden_BSW, mtp_hidden, observations)

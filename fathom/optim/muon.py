@@ -164,7 +164,7 @@ class Optimizer:
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Copy a saved state in; CheckpointError names what is missing, unexpected or of another shape."""
-        own = self.state_tensors()
+        own = Optimizer.state_tensors(self)  # a subclass may gather from elsewhere
         wrong = [f"{name} is missing" for name in own if name not in tensors]
         wrong += [f"{name} is unexpected" for name in tensors if name not in own]
         wrong += [f"{name} has shape {list(tensors[name].shape)} instead of {list(tensor.shape)}"

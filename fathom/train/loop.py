@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from rich.console import Console
 
 from fathom.checkpoint.training import (
@@ -32,9 +31,12 @@ from fathom.optim.muon import Optimizer
 from fathom.optim.schedules import Attention
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.finite import find_not_finite
-from fathom.train.objective import Losses, move_router_biases
+from fathom.train.objective import Losses, Share, move_router_biases
+from fathom.train.parallel import clip_gradients, gradient_norm, whole_model
 from fathom.train.phases import attending
 from fathom.train.qat import released_numbers
+from fathom.train.ranks import ALONE, Nobody, Ranks
+from fathom.train.shares import gradients, tokens_of
 from fathom.train.stability import Guard, Stability
 from fathom.train.tracking import Tracker, Tracking, draw_curve
 from fathom.train.watch import Watch
@@ -61,14 +63,14 @@ class Loop:
 class Stage:
     """What one kind of training does at a step (counted from 0)."""
 
-    batch: Callable[[int], Batch]
-    loss: Callable[[Batch, int], Losses]
+    batch: Callable[[int], Batch]  # this rank's rows
+    loss: Callable[[Batch | Share, int], Losses]
     rate: Callable[[int], float]
     bias_speed: Callable[[int], float]
     validate: Callable[[], float] | None  # bits per byte
     quantised: Callable[[int], bool]  # whether forward and backward see the released number formats
     attention: Callable[[int], Attention] = lambda step: "sparse"
-    sample: Callable[[], list[dict[str, str]]] | None = None  # texts of the model as it is, written at checkpoints
+    sample: Callable[[Transformer], list[dict[str, str]]] | None = None  # texts of the whole model as it is, written at checkpoints
 
 
 class Diverged(FathomError):
@@ -76,93 +78,110 @@ class Diverged(FathomError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or a termination signal, after the state was saved."""
+    """Ctrl-C or a termination signal, after the state was saved; every rank stops together."""
+
+    shared = True
 
 
 def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Optimizer, stage: Stage, steps: int,
-              start: int, settings: Loop, console: Console, guard: Guard | None = None, tracking: Tracking | None = None) -> None:
+              start: int, settings: Loop, console: Console, guard: Guard | None = None, tracking: Tracking | None = None,
+              ranks: Ranks = ALONE) -> None:
     """Train from step `start` to `steps`, then draw the curve. Raises Stopped after a signal, with everything saved. Without a
-    `guard`, spikes are left alone; `tracking` says what is recorded beside the losses.
+    `guard`, spikes are left alone; `tracking` says what is recorded beside the losses. All `ranks` call it; the first one writes.
     """
     guard, tracking = guard or Guard(Stability(enabled=False)), tracking or Tracking()
-    watch = Watch(model, tracking.layers_every)
+    watch = Watch(model, tracking.layers_every if ranks.one_pass else 0)
 
     def save(done: int) -> None:
         began = time.monotonic()
         state = TrainingState(done, optimizer.state_tensors(), random_state(), guard.state_tensors())
-        save_checkpoint(checkpoint_folder(run, done), model, tokenizer, state)
-        prune_checkpoints(run, settings.keep_checkpoints, settings.checkpoint_every)
+        whole = whole_model(model, ranks)
+        ranks.lead(lambda: save_checkpoint(checkpoint_folder(run, done), whole, tokenizer, state))
+        ranks.lead(lambda: prune_checkpoints(run, settings.keep_checkpoints, settings.checkpoint_every))
         tracker.record_checkpoint(done, time.monotonic() - began)
         if stage.sample and tracking.prompts:
-            with _as_at(model, stage, done - 1):
-                tracker.record_samples(done, stage.sample())
+            ranks.lead(lambda: _sample(whole, stage, done, tracker))
             model.train()
 
     model.train()
     saved, step = start if list_checkpoints(run) else -1, start
-    with Tracker(run, steps, start, console, tracking.tensorboard) as tracker, _interrupts() as interrupted:
+    with (Tracker(run, steps, start, console, tracking.tensorboard) if ranks.first else Nobody() as tracker,
+          _interrupts() as interrupted):
         while step < steps:
             began = time.monotonic()
-            metrics = _step(model, optimizer, stage, step, settings, guard, watch)
+            metrics = take_step(model, optimizer, stage, step, settings, ranks, guard, watch)
             metrics["seconds"] = time.monotonic() - began
             metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
             done = step + 1
             tracker.record(done, metrics)
             if guard.sees_spike(step, metrics["loss"], metrics["gradient_norm"], _kind(metrics, stage, step)):
-                step = _go_back(run, step, model, optimizer, settings, guard, tracker)
+                step = _go_back(run, step, model, optimizer, settings, guard, tracker, ranks)
                 continue
             if stage.validate and (done % settings.validate_every == 0 or done == steps):
                 _validate(model, stage, step, tracker)
-                draw_curve(run)
-            if interrupted or done == steps or done % settings.checkpoint_every == 0:
+                ranks.lead(lambda: draw_curve(run))
+            stop = ranks.any(bool(interrupted) or ranks.orphaned())
+            if stop or done == steps or done % settings.checkpoint_every == 0:
                 save(saved := done)
-            if interrupted and done < steps:
+            if stop and done < steps:
                 tracker.say(f"stopped after step {done}; everything is saved, --resume continues")
-                raise Stopped(interrupted[0])
+                raise Stopped(interrupted[0] if interrupted else signal.SIGTERM)
             step = done
         if saved < steps:
             save(steps)
         tracker.summarise()
-    draw_curve(run)
+    ranks.lead(lambda: draw_curve(run))
     model.eval()
 
 
-def seconds_a_step(model: Transformer, optimizer: Optimizer, stage: Stage, settings: Loop) -> float:
+def seconds_a_step(model: Transformer, optimizer: Optimizer, stage: Stage, settings: Loop, ranks: Ranks = ALONE) -> float:
     """Median time of a training step on this machine, the first one not counted. Spoils the model: hand in a copy."""
-    seconds, guard, watch = [], Guard(Stability(enabled=False)), Watch(model, 0)
+    seconds = []
     for step in range(TRIAL_STEPS):
         began = time.monotonic()
-        _step(model, optimizer, stage, step, settings, guard, watch)
+        take_step(model, optimizer, stage, step, settings, ranks)
         seconds.append(time.monotonic() - began)
-    return statistics.median(seconds[1:])
+    return ranks.largest(statistics.median(seconds[1:]))
 
 
-def _step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop, guard: Guard,
-          watch: Watch) -> dict[str, Any]:
-    """One step, with what it showed. Raises Diverged before anything is updated where a number is none."""
+def take_step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int, settings: Loop, ranks: Ranks = ALONE,
+              guard: Guard | None = None, watch: Watch | None = None) -> dict[str, Any]:
+    """One step on this rank, in step with the others, with what it showed. Raises Diverged, on every rank and before anything is
+    updated, where a number is none.
+    """
+    guard, watch = guard or Guard(Stability(enabled=False)), watch or Watch(model, 0)
     began, done = time.monotonic(), step + 1
     batch = stage.batch(step)
     data_seconds = time.monotonic() - began
     optimizer.zero_grad()
     with _as_at(model, stage, step), guard.routing(model, step, lambda ahead: stage.loss(stage.batch(ahead), ahead)):
-        with watch.forward(done):
-            losses = stage.loss(batch, step)
-        losses.total.backward()
+        losses = gradients(model, stage.loss, batch, step, ranks, lambda: watch.forward(done))
         watch.before_update(done)
-        total_norm = torch.nn.utils.get_total_norm(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+        total_norm = gradient_norm(model, ranks)
         norm = float(total_norm)
         if not (math.isfinite(norm) and all(map(math.isfinite, losses.parts.values()))):
-            raise Diverged(f"step {done} gave loss {losses.parts['loss']} and gradient norm {norm}; the first number that is none is in "
-                           f"{find_not_finite(model, lambda: stage.loss(batch, step))}; nothing was updated: lower the learning "
-                           "rate and resume from the last checkpoint")
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.clip_norm, total_norm)  # not before: it would spread a NaN
+            raise ranks.together(_diverged(model, stage, step, batch, losses, norm, ranks))
+    clip_gradients(model, total_norm, settings.clip_norm)  # not before: it would spread a NaN
     rate = stage.rate(step)
     optimizer.step(rate)
     seen = watch.figures(done, losses.observations, rate) or {}
     load = move_router_biases(model, losses.observations, stage.bias_speed(step))
     return losses.parts | load | seen | {
-        "gradient_norm": norm, "rate": rate, "tokens": batch.tokens_BS.numel(), "length": batch.tokens_BS.shape[1],
+        "gradient_norm": norm, "rate": rate, "tokens": tokens_of(batch, ranks), "length": batch.tokens_BS.shape[1],
         "attention": stage.attention(step), "anticipates": int(guard.anticipates(step)), "data_seconds": data_seconds}
+
+
+def _diverged(model: Transformer, stage: Stage, step: int, batch: Batch, losses: Losses, norm: float, ranks: Ranks) -> Diverged:
+    where = ""
+    if ranks.count == 1:  # parts of a model have no layer's whole output
+        where = f"the first number that is none is in {find_not_finite(model, lambda: stage.loss(batch, step))}; "
+    return Diverged(f"step {step + 1} gave loss {losses.parts['loss']} and gradient norm {norm}; {where}nothing was updated: lower the "
+                    "learning rate and resume from the last checkpoint")
+
+
+def _sample(model: Transformer, stage: Stage, done: int, tracker: Tracker) -> None:
+    with _as_at(model, stage, done - 1):
+        tracker.record_samples(done, stage.sample(model))
 
 
 def _validate(model: Transformer, stage: Stage, step: int, tracker: Tracker) -> None:
@@ -172,9 +191,10 @@ def _validate(model: Transformer, stage: Stage, step: int, tracker: Tracker) -> 
     tracker.record_validation(step + 1, score, time.monotonic() - began)
 
 
-def _go_back(run: Path, step: int, model: Transformer, optimizer: Optimizer, settings: Loop, guard: Guard, tracker: Tracker) -> int:
+def _go_back(run: Path, step: int, model: Transformer, optimizer: Optimizer, settings: Loop, guard: Guard, tracker: Tracker,
+             ranks: Ranks) -> int:
     """Leave a spike behind; the step to continue with."""
-    target = guard.roll_back(run, step, settings.checkpoint_every, model, optimizer)
+    target = guard.roll_back(run, step, settings.checkpoint_every, model, optimizer, ranks)
     tracker.record_spike(step + 1, target)
     return step + 1 if target is None else target
 

@@ -3,7 +3,7 @@
 The recipe is this file's `Pretrain`; the steps are the loop's.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,15 +21,19 @@ from fathom.engine.settings import EngineSettings
 from fathom.errors import RecipeError
 from fathom.evals.perplexity import bits_per_byte, held_out_batches, token_byte_lengths
 from fathom.model.transformer import Transformer
-from fathom.optim.muon import AdamW, Matrices, Muon, Optimizer
+from fathom.optim.muon import AdamW, Matrices, Muon
 from fathom.optim.schedules import Schedule
 from fathom.recipe import dump
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import LossWeights, objective
+from fathom.train.parallel import parallelise
 from fathom.train.phases import check_phases
 from fathom.train.plan import Cost, Optimizers, Plan, cost, show
+from fathom.train.rank_optimizer import make_optimizer
+from fathom.train.ranks import Parallel, Ranks, join
 from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
+from fathom.train.shares import deal, rank_rows
 from fathom.train.stability import Guard, Stability
 from fathom.train.tracking import Tracking
 
@@ -88,8 +92,13 @@ class Pretrain:
     stability: Stability = field(default_factory=Stability)
     tracking: Tracking = field(default_factory=Tracking)
     plan: Plan = field(default_factory=Plan)
+    parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self):
+        if self.parallel.shard > 1 and self.schedule.quantise_from is not None:
+            raise RecipeError("schedule.quantise_from needs whole matrices on every rank; set parallel.shard = 1")
+        if self.parallel.shard > 1 and self.schedule.indexer_warmup_steps:
+            raise RecipeError("schedule.indexer_warmup_steps freezes what FSDP has wrapped; set parallel.shard = 1")
         if self.minutes is not None and self.minutes <= 0:
             raise RecipeError(f"minutes is {self.minutes}; allowed: above 0")
 
@@ -104,31 +113,43 @@ class Corpus:
 
 
 def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Path:
-    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
+    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C.
+
+    Started by torchrun, this is one of the recipe's `parallel` ranks, and all of them call it.
+    """
+    with join(recipe.parallel) as ranks:
+        return _pretrain(recipe, root, resume, console, ranks)
+
+
+def _pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, ranks: Ranks) -> Path:
     run = Path(recipe.run)
     config = model_config(recipe, root)
     state = None
     if resume:
         recipe = resumed_recipe(run, recipe)
-        model, state = continue_run(run)
+        loaded = []
+        ranks.lead(lambda: loaded.append(continue_run(run)))  # first alone: what is wrong with a checkpoint is said once
+        model, state = loaded[0] if loaded else continue_run(run)
         config = model.config
-        corpus = Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part, verify=True)
-                                                             for part in ("train", "held_out")))
     else:
-        start_run(run, recipe)
-        corpus = _prepare(recipe.data, config, run, root, console)
+        ranks.lead(lambda: start_run(run, recipe))
+        ranks.lead(lambda: _prepare(recipe.data, config, run, root, console), patient=True)
         model = Transformer(config).initialise(recipe.seed)
+    corpus = Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part, verify=resume and ranks.first)
+                                                         for part in ("train", "held_out")))
     _check_vocabulary(corpus.tokenizer, config)
     model.recompute_above = recipe.recompute_above
     check_phases(model, {recipe.schedule.attention_at(first) for first, _ in recipe.schedule.segments()})
-    optimizer = restored(Optimizer(model.named_parameters(), config, recipe.muon, recipe.adamw, recipe.optimizer), state)
     _describe(recipe, config, corpus, console)
     if recipe.minutes and not resume:
-        recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, corpus), console)
-    guard = Guard(recipe.stability)
+        recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, corpus, ranks), console, ranks)
+    model = parallelise(model, ranks)
+    optimizer = restored(make_optimizer(model, recipe.muon, recipe.adamw, ranks, recipe.optimizer), state)
+    # A forward pass that holds part of a step's tokens cannot look up which experts were foreseen for them.
+    guard = Guard(recipe.stability if ranks.one_pass else replace(recipe.stability, anticipate_steps=0))
     guard.load_state_tensors(state.guard if state else {})
-    run_stage(run, model, corpus.tokenizer, optimizer, _stage(recipe, model, corpus), recipe.schedule.steps,
-              state.step if state else 0, recipe.loop, console, guard, recipe.tracking)
+    run_stage(run, model, corpus.tokenizer, optimizer, _stage(recipe, model, corpus, ranks), recipe.schedule.steps,
+              state.step if state else 0, recipe.loop, console, guard, recipe.tracking, ranks)
     return run
 
 
@@ -140,17 +161,17 @@ def dry_run(recipe: Pretrain, root: Path, console: Console) -> Cost:
     return found
 
 
-def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus) -> Stage:
+def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus, ranks: Ranks) -> Stage:
     schedule, pad_id, data = recipe.schedule, corpus.tokenizer.pad_id, recipe.data
     packed = {length: PackedData(corpus.train, length, recipe.seed, pad_id) for length in schedule.lengths}
-    validation = held_out_batches(corpus.held_out, data.validation_length or schedule.lengths[-1], pad_id, data.validation_tokens)
-    byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size)
+    validation = deal(held_out_batches(corpus.held_out, data.validation_length or schedule.lengths[-1], pad_id, data.validation_tokens), ranks)
+    byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size).to(ranks.device)
     return Stage(
-        batch=lambda step: packed[schedule.length_at(step)].rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
+        batch=lambda step: rank_rows(packed[schedule.length_at(step)], schedule.first_row_at(step), schedule.batch_rows_at(step), ranks),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), schedule.attention_at(step)),
         rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at, attention=schedule.attention_at,
-        validate=lambda: bits_per_byte(model, validation, byte_lengths_V),
-        sample=lambda: continuations(model, corpus.tokenizer, recipe.tracking))
+        validate=lambda: bits_per_byte(model, validation, byte_lengths_V, ranks.sum),
+        sample=lambda whole: continuations(whole, corpus.tokenizer, recipe.tracking))
 
 
 def continuations(model: Transformer, tokenizer: Tokenizer, tracking: Tracking) -> list[dict[str, str]]:
@@ -170,10 +191,11 @@ def model_config(recipe: Pretrain, root: Path) -> ModelConfig:
     return ModelConfig.from_dict(config.to_dict() | {name: value for name, value in changes.items() if value is not None})
 
 
-def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> Corpus:
+def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> None:
+    """Write the run's tokenizer and token stores, or take a prepared corpus's."""
     if data.prepared:
         adopt(Path(data.prepared), run)
-        return Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part) for part in ("train", "held_out")))
+        return
     console.print(f"reading {', '.join(data.sources)}", soft_wrap=True)
     train, held_out = split_held_out(read_documents(data.sources, root), data.held_out, data.piece_bytes)
     if data.tokenizer == "train":
@@ -189,12 +211,10 @@ def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Co
     with Progress(TextColumn("tokenising"), BarColumn(bar_width=24), TimeRemainingColumn(), console=console,
                   disable=not console.is_terminal) as progress:
         task = progress.add_task("tokenising", total=total)
-        stores = [build_store(run / "data" / part, documents, tokenizer.encode_many, bos_id=tokenizer.bos_id,
-                              eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
-                              fingerprint=tokenizer.fingerprint,
-                              progress=lambda done: progress.update(task, completed=done))
-                  for part, documents in (("train", train), ("held_out", held_out))]
-    return Corpus(tokenizer, *stores)
+        for part, documents in (("train", train), ("held_out", held_out)):
+            build_store(run / "data" / part, documents, tokenizer.encode_many, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
+                        vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint,
+                        progress=lambda done: progress.update(task, completed=done))
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:

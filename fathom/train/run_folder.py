@@ -20,6 +20,9 @@ from fathom.files import write_text
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
 from fathom.train.loop import Stage, seconds_a_step
+from fathom.train.parallel import parallelise
+from fathom.train.rank_optimizer import make_optimizer
+from fathom.train.ranks import ALONE, Ranks
 
 RECIPE = "recipe.toml"
 MIN_STEPS = 10
@@ -38,30 +41,32 @@ def start_run(run: Path, recipe: Any) -> None:
 
 
 def fit_minutes(recipe: Recipe, model: Transformer, stage_of: Callable[[Transformer], Stage],
-                console: Console) -> Recipe:
+                console: Console, ranks: Ranks = ALONE) -> Recipe:
     """The recipe with as many steps as this machine does in its minutes, timed on a copy of the model and stored with
     the run; all counts of steps keep their shares.
     """
-    trial = copy.deepcopy(model)
-    matrices = getattr(recipe, "optimizer", "muon")
-    optimizer = Optimizer(trial.named_parameters(), trial.config, recipe.muon, recipe.adamw, matrices)
-    seconds = seconds_a_step(trial, optimizer, stage_of(trial), recipe.loop)
+    trial = parallelise(copy.deepcopy(model), ranks)
+    optimizer = make_optimizer(trial, recipe.muon, recipe.adamw, ranks, getattr(recipe, "optimizer", "muon"))
+    seconds = seconds_a_step(trial, optimizer, stage_of(trial), recipe.loop, ranks)
     steps = max(MIN_STEPS, round(recipe.minutes * 60 / seconds))
     console.print(f"{seconds:.2f} s a step: {steps} steps in {recipe.minutes:g} minutes", soft_wrap=True)
     recipe = dataclasses.replace(recipe, schedule=recipe.schedule.scaled_to(steps))
-    write_text(Path(recipe.run) / RECIPE, recipes.dump(recipe))
+    ranks.lead(lambda: write_text(Path(recipe.run) / RECIPE, recipes.dump(recipe)))
     return recipe
 
 
 def resumed_recipe(run: Path, given: Recipe) -> Recipe:
     """The recipe that `run` was started with. RecipeError where there is no run, or where `given` differs from it:
-    another recipe would bend the curve. Steps that were measured from minutes are the run's own.
+    another recipe would bend the curve. Steps that were measured from minutes are the run's own; how the work is spread over
+    processes changes no curve and is what is given.
     """
     if not (run / RECIPE).is_file():
         raise RecipeError(f"{run} holds no run to resume; leave --resume out to start one")
     stored = recipes.load(type(given), run / RECIPE)
     if getattr(given, "minutes", None):
         given = dataclasses.replace(given, schedule=stored.schedule)
+    if hasattr(given, "parallel"):
+        stored = dataclasses.replace(stored, parallel=given.parallel)
     old = recipes.dump(stored).splitlines()
     for line in recipes.dump(given).splitlines():
         if line not in old:

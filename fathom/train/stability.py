@@ -19,6 +19,8 @@ from fathom.files import remove_folder
 from fathom.model.moe import Router
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
+from fathom.train.parallel import take_weights
+from fathom.train.ranks import ALONE, Ranks
 
 GAUSSIAN = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 
@@ -85,20 +87,20 @@ class Guard:
 
     # ---- rolling back
 
-    def roll_back(self, run: Path, step: int, every: int, model: Transformer, optimizer: Optimizer) -> int | None:
+    def roll_back(self, run: Path, step: int, every: int, model: Transformer, optimizer: Optimizer, ranks: Ranks = ALONE) -> int | None:
         """Set model, optimiser, random state and this guard back before the spike at `step`; the step to continue with, or None where
-        no checkpoint is old enough. Newer checkpoints are deleted: they lie on the abandoned branch.
+        no checkpoint is old enough. Newer checkpoints are deleted: they lie on the abandoned branch. All ranks call it.
         """
         checkpoints = list_checkpoints(run)
         old = [folder for folder in checkpoints if step_of(folder) <= step - self.settings.back_steps and step_of(folder) % every == 0]
         if old:
             loaded, state = load_checkpoint(old[-1])
-            model.load_state_dict(loaded.state_dict())
+            take_weights(model, loaded, ranks)
             optimizer.load_state_tensors(state.optimizer)
             torch.set_rng_state(state.random_state)
             self.load_state_tensors(state.guard)
-            for folder in checkpoints[checkpoints.index(old[-1]) + 1:]:
-                remove_folder(folder)
+            newer = checkpoints[checkpoints.index(old[-1]) + 1:]
+            ranks.lead(lambda: [remove_folder(folder) for folder in newer])
         self._anticipate_until = step + self.settings.anticipate_steps if self.settings.anticipate_steps else 0
         self._quiet_until = step + max(1, self.settings.anticipate_steps, self.settings.back_steps)
         self._foreseen.clear()

@@ -19,6 +19,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.ratio, self.indexer = 1, None  # as in V4's place: every token is an entry, and all are read
         width, channels, self.groups = config.hidden_size, config.head_dim, config.num_key_value_heads
         self.heads, self.scale = config.num_attention_heads, channels**-0.5
         self.query = Linear(width, self.heads * channels)

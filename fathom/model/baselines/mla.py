@@ -30,6 +30,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.ratio, self.indexer = 1, None  # as in V4's place: every token is an entry, and all are read
         width, channels, rotary, latent = config.hidden_size, config.head_dim, config.qk_rope_head_dim, config.latent_channels
         self.heads, self.channels, self.latent, self.rotary = config.num_attention_heads, channels, latent, rotary
         self.scale = (channels + rotary) ** -0.5
