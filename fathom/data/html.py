@@ -25,7 +25,7 @@ def html_text(page: bytes | str) -> str:
     """
     if LexborHTMLParser is None:
         raise DataError("HTML needs more packages; run: pip install 'fathom[data]'")
-    tree = LexborHTMLParser(page)
+    tree = LexborHTMLParser(_decoded(page) if isinstance(page, bytes) else page)
     for node in tree.css(DROPPED):
         node.decompose()
     root = next((found for found in map(tree.css_first, MAIN) if found is not None), None)
@@ -36,6 +36,18 @@ def html_text(page: bytes | str) -> str:
     text = "".join(pieces)
     text = re.sub(r"[ \t]+\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n" if text.strip() else ""
+
+
+def _decoded(page: bytes) -> str:
+    """UTF-8, else what the page says; what neither explains becomes U+FFFD, which the filters count."""
+    try:
+        return page.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        said = re.search(rb"(?:charset|encoding)=[\"']?([\w-]+)", page[:2048])
+    try:
+        return page.decode(said[1].decode() if said else "utf-8", "replace")
+    except LookupError:
+        return page.decode("utf-8", "replace")
 
 
 def _walk(node: "LexborNode", pieces: list[str], verbatim: bool, depth: int) -> None:

@@ -1,6 +1,8 @@
 """Debian's documentation: packages asked of apt, read without dpkg, with the licence of their copyright file."""
 
 import gzip
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +89,14 @@ def test_html_becomes_readable_text(page, text):
     assert html_text(page) == text
 
 
+@pytest.mark.parametrize("page, text", [
+    ('<meta charset="iso-8859-1"><p>Zwölf'.encode("latin-1"), "Zwölf\n"), ("<p>Zwölf".encode(), "Zwölf\n"),
+    ("<p>Zwölf".encode("latin-1"), "Zw\ufffdlf\n"), ("<meta charset=none><p>Zwölf".encode("latin-1"), "Zw\ufffdlf\n"),
+    ('<?xml version="1.0" encoding="EUC-KR"?><p>한국'.encode("euc-kr"), "한국\n")])
+def test_html_is_read_in_the_encoding_it_names(page, text):
+    assert html_text(page) == text
+
+
 def test_html_without_its_library_says_what_to_install(monkeypatch):
     monkeypatch.setattr("fathom.data.html.LexborHTMLParser", None)
     with pytest.raises(DataError, match=r"pip install 'fathom\[data\]'"):
@@ -94,7 +104,5 @@ def test_html_without_its_library_says_what_to_install(monkeypatch):
 
 
 def test_the_default_packages_are_the_recipes():
-    import tomllib
-    from pathlib import Path
     recipe = tomllib.loads((Path(__file__).parents[2] / "recipes" / "corpus-debian.toml").read_text())
     assert tuple(recipe["sources"][0]["packages"]) == debian.PACKAGES
