@@ -94,9 +94,11 @@ def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Op
         prune_checkpoints(run, settings.keep_checkpoints, settings.checkpoint_every)
         tracker.record_checkpoint(done, time.monotonic() - began)
         if stage.sample and tracking.prompts:
+            began = time.monotonic()
             with _as_at(model, stage, done - 1):
-                tracker.record_samples(done, stage.sample())
+                samples = stage.sample()
             model.train()
+            tracker.record_samples(done, samples, time.monotonic() - began)
 
     model.train()
     saved, step = start if list_checkpoints(run) else -1, start
