@@ -31,7 +31,7 @@ def line_chart(title: str, curves: Sequence[Curve], marks: Sequence[tuple[float,
     place = (lambda value: up(math.log10(value))) if logarithmic else up
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
     for tick in _ticks(low, high):
-        label = f"{10**tick:.2g}" if logarithmic else f"{tick:g}"
+        label = f"{float(f'{10**tick:.2g}'):g}" if logarithmic else f"{tick:g}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
                      f'<text class="tick" x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{label}</text>')
     parts += [f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{tick:g}</text>'

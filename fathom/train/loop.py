@@ -180,8 +180,10 @@ def _diverged(model: Transformer, stage: Stage, step: int, batch: Batch, losses:
 
 
 def _sample(model: Transformer, stage: Stage, done: int, tracker: Tracker) -> None:
+    began = time.monotonic()
     with _as_at(model, stage, done - 1):
-        tracker.record_samples(done, stage.sample(model))
+        samples = stage.sample(model)
+    tracker.record_samples(done, samples, time.monotonic() - began)
 
 
 def _validate(model: Transformer, stage: Stage, step: int, tracker: Tracker) -> None:

@@ -99,9 +99,9 @@ class Tracker:
         """Append how long the run waited for a checkpoint."""
         self._append({"step": step, "checkpoint_seconds": seconds})
 
-    def record_samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Append texts that the model wrote."""
-        self._append({"step": step, "samples": samples})
+    def record_samples(self, step: int, samples: list[dict[str, str]], seconds: float) -> None:
+        """Append texts that the model wrote, and how long it took."""
+        self._append({"step": step, "samples": samples, "samples_seconds": seconds})
 
     def record_spike(self, step: int, target: int | None) -> None:
         """Note a spike at `step` in `events.jsonl`, with the losses that are abandoned, and rewind the metrics to step `target`, if any."""
@@ -157,7 +157,7 @@ def overheads(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of data loading, checkpoints, validation and samples over those of the steps; nothing where no step is recorded."""
     whole = sum(line.get("seconds", 0.0) for line in lines)
     sums = {name: sum(line.get(f"{key}_seconds", 0.0) for line in lines) for name, key in (
-        ("data loading", "data"), ("checkpoints", "checkpoint"), ("validation", "validation"))}
+        ("data loading", "data"), ("checkpoints", "checkpoint"), ("validation", "validation"), ("samples", "samples"))}
     return {name: value / whole for name, value in sums.items()} if whole else {}
 
 

@@ -43,7 +43,7 @@ def test_tensorboard_gets_what_the_file_gets_and_forgets_what_a_rollback_abandon
     with Tracker(tmp_path, 5, 0, Console(quiet=True), tensorboard=True) as tracker:
         for step in (1, 2, 3):
             tracker.record(step, {"loss": 4.0 - step, "tokens_per_second": 10.0})
-        tracker.record_samples(3, [{"prompt": "a", "text": "b"}])
+        tracker.record_samples(3, [{"prompt": "a", "text": "b"}], 0.1)
         tracker.record_spike(3, 1)
         tracker.record(2, {"loss": 0.5, "tokens_per_second": 10.0})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -55,7 +55,7 @@ def test_tensorboard_gets_what_the_file_gets_and_forgets_what_a_rollback_abandon
 
 def test_overheads_are_shares_of_the_steps_time():
     lines = [{"seconds": 2.0, "data_seconds": 0.1}, {"seconds": 2.0, "data_seconds": 0.1}, {"checkpoint_seconds": 0.4}]
-    assert overheads(lines) == {"data loading": pytest.approx(0.05), "checkpoints": pytest.approx(0.1), "validation": 0.0}
+    assert overheads(lines) == {"data loading": pytest.approx(0.05), "checkpoints": pytest.approx(0.1), "validation": 0.0, "samples": 0.0}
     assert overheads([]) == {}
 
 
