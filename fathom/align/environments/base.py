@@ -102,13 +102,17 @@ class Environment(ABC):
         for _ in range(TRIES):
             messages, facts = self.make(rng, level)
             task = Task(self.name, split, seed, level, messages, facts)
-            if is_held_out(task.question) == held_out:
+            if is_held_out(self.side(task)) == held_out:
                 return task
         raise InputError(f"{self.name} level {level} has too few questions for a {split} side")
 
     @abstractmethod
     def make(self, rng: random.Random, level: int) -> tuple[list[dict], dict]:
         """Messages and facts of one random task; all chance comes from `rng`."""
+
+    def side(self, task: Task) -> str:
+        """The wording whose hash decides between training and held-out side."""
+        return task.question
 
     def step(self, task: Task, turns: list[dict]) -> list[dict] | None:
         """The tool messages that answer the last turn's calls; None where the episode ends."""
