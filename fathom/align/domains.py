@@ -1,6 +1,6 @@
 """The built-in environments by name, each made when it is first asked for: only code needs a sandbox.
 
-Beside those that a program scores: "judge", where judging is learned, and "judged-math", which only a judge scores.
+Beside those that a program scores there is "judged-math", which only a judge scores.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from fathom.align.environments import ENVIRONMENTS
 from fathom.align.environments.base import Environment
 from fathom.align.environments.math import MathEnvironment
-from fathom.align.judge import JudgedEnvironment, JudgeEnvironment
+from fathom.align.judge import JudgedEnvironment
 
 MAKERS: dict[str, Callable[[], Environment]] = ENVIRONMENTS | {
-    "judge": lambda: JudgeEnvironment(MathEnvironment()), "judged-math": lambda: JudgedEnvironment(MathEnvironment())}
+    "judged-math": lambda: JudgedEnvironment(MathEnvironment())}
 
 
 class Domains(Mapping[str, Environment]):

@@ -29,7 +29,7 @@ from fathom.text import chat
 from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 
 POLL_SECONDS = 0.2
-JUDGING = ("judge", "judged-math")
+JUDGING = ("judging", "judged-math")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def write_report(recipe: Pipeline) -> Path:
                                 caption="Mean held-out reward ± its standard error; a specialist's own domain is blue."))
     judged = _judge_rows(recipe, scores)
     if judged:
-        parts += ["<h2>The judge</h2>", _table(["model", "verdicts right (held-out judge tasks)", "answers right by the hidden rule (judged-math)"], judged),
+        parts += ["<h2>The judge</h2>", _table(["model", "verdicts right (held-out judging tasks)", "answers right by the hidden rule (judged-math)"], judged),
                   _agreement(recipe)]
     parts += ["<h2>Curves</h2>", *_curves(recipe, scores), "<h2>Minutes</h2>", _minutes(run)]
     write_text(run / "report.json", json.dumps({"checks": found, "variants": variants, "scores": scores}, indent=2) + "\n")

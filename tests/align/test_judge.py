@@ -1,14 +1,12 @@
-"""The generative reward model: judgements with known verdicts, verdicts read strictly, and rewards that only a judge gives."""
+"""The generative reward model: rewards that only a judge gives, and how far it agrees with the hidden truth."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fathom.align import judge as judging
 from fathom.align.domains import Domains
-from fathom.align.environments.base import EFFORTS, Score, assistant, final_text
+from fathom.align.environments.base import assistant, final_text
 from fathom.align.grpo import Grpo, Learner, Pace
-from fathom.align.judge import JudgedEnvironment, JudgeEnvironment, judge_rollouts, judging_messages, read_verdict, reveal_truth
+from fathom.align.judge import JudgedEnvironment, judge_rollouts, reveal_truth
 from fathom.align.rollout import Draw, new_rollouts
 from fathom.align.rollout_log import RolloutLog
 from fathom.align.sample import Mode
@@ -16,34 +14,7 @@ from fathom.checkpoint.released import load_model
 from fathom.text.tokenizer import Tokenizer
 from tests.align.toy import TOYS, micro_folder
 
-JUDGE, JUDGED = (Domains()[name] for name in ("judge", "judged-math"))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([1, 2, 3]), st.sampled_from([*EFFORTS]))
-def test_verdicts_are_those_of_the_source_and_demonstrations_earn_the_reward(seed, level, effort):
-    task = JUDGE.task(seed, "train", level)
-    given, facts = task.question.split("\nAnswer: ")[1].split("\nDoes the")[0], task.facts
-    assert given == facts["given"] and facts["verdict"] == (facts["given"] == facts["wanted"])
-    demonstration = JUDGE.demonstration(task, effort)
-    assert JUDGE.score(task, demonstration) == Score(1.0, True, "a verdict")
-    wrong = [demonstration[0] | {"content": "no" if facts["verdict"] else "yes"}]
-    assert JUDGE.score(task, wrong).reward == 0 and JUDGE.score(task, wrong).valid
-    assert JUDGE.task(seed, "train", level) == task
-
-
-def test_half_of_the_answers_are_right():
-    verdicts = [JUDGE.task(seed).facts["verdict"] for seed in range(300)]
-    assert 110 < sum(verdicts) < 190
-
-
-@pytest.mark.parametrize("text, verdict", [("yes", True), ("No.", False), (" YES ", True), ("yes and no", None), ("", None), ("yes yes", None),
-                                           ("maybe", None), ("no, yes", None), ("yes\nno", None)])
-def test_a_verdict_is_yes_or_no_and_nothing_else(text, verdict):
-    assert read_verdict([assistant(text)]) is verdict
-    assert read_verdict([assistant(text) | {"wo_eos": True}]) is None
-    task = JUDGE.task(1)
-    assert JUDGE.score(task, [assistant(text)]).valid == (verdict is not None)
+JUDGED = Domains()["judged-math"]
 
 
 def rollouts_with(answers, tokenizer):
@@ -61,7 +32,7 @@ def test_verdicts_become_rewards_and_agreement_with_the_truth_is_reported(monkey
     def play(engine, judgements, environments, draw, seed):
         for judgement in judgements:  # a judge that says yes to all, of two votes; without a verdict on the third answer
             judgement.turns = [assistant("hm" if judgement.group == 2 and judgement.member else "yes")]
-            judgement.score = environments["judge"].score(judgement.task, judgement.turns)
+            judgement.score = environments["judging"].score(judgement.task, judgement.turns)
 
     monkeypatch.setattr(judging, "play", play)
     rollouts = rollouts_with([True, "wrong", "wrong", ""], tokenizer)
@@ -76,11 +47,10 @@ def test_verdicts_become_rewards_and_agreement_with_the_truth_is_reported(monkey
 
 def test_a_round_is_judged_by_the_model_that_plays_it(tmp_path):
     folder = micro_folder(tmp_path / "model")
-    recipe = Grpo(run=str(tmp_path / "run"), base=str(folder), environments=("judged-letters", "judge"), pace=Pace(1, 1, 0.01), prompts=4, group=2,
+    recipe = Grpo(run=str(tmp_path / "run"), base=str(folder), environments=("judged-letters", "judging"), pace=Pace(1, 1, 0.01), prompts=4, group=2,
                   modes=(Mode("chat", 6),), judging=Mode("chat", 4), draw=Draw(cache_mib=16))
-    environments = {"judged-letters": JudgedEnvironment(TOYS["letters"]), "judge": JudgeEnvironment(TOYS["letters"])}
+    environments = {"judged-letters": JudgedEnvironment(TOYS["letters"]), "judging": Domains()["judging"]}
     learner = Learner(recipe, load_model(folder), Tokenizer.load(folder), environments, None)
     first, again = (learner.make_round(0, RolloutLog(tmp_path / name, {})) for name in ("one", "two"))
-    assert {"judge_agreement", "judged_truth", "judge_invalid_share", "score_judge_chat"} <= set(first[0].metrics)
+    assert {"judge_agreement", "judged_truth", "judge_invalid_share", "score_judging_chat"} <= set(first[0].metrics)
     assert first[0].metrics["judge_agreement"] == again[0].metrics["judge_agreement"]
-    assert judging_messages("Q", "R", "A")[0]["content"].startswith("Question: Q\nRubric: R\nAnswer: A\n")

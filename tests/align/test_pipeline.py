@@ -78,7 +78,7 @@ def test_the_recipes_in_the_tree_fit_every_stage():
     distilled = next(stage for stage in found if stage.name == "pro/distilled")  # taught by the specialists of flash
     assert {"pro/student", "flash/grpo-math", "flash/grpo-agent"} <= set(distilled.after)
     judge = next(stage for stage in found if stage.name == "score/flash/judge")
-    assert "judge,judged-math" in judge.arguments and "pro/judge" not in names
+    assert "judging,judged-math" in judge.arguments and "pro/judge" not in names
     assert not any(name.startswith("pro/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith("score")} < {*names}
     for size in recipe.sizes:
         config = ModelConfig.load(RECIPES / size.model)
@@ -209,7 +209,7 @@ def test_the_page_has_all_tables_and_pictures(tmp_path, monkeypatch):
     recipe = micro(tmp_path, environments=("math", "agent"), budgets=(8, 64))
     run = tmp_path / "run"
     (run / "scores").mkdir(parents=True)
-    judged = {"flash.judge": [row("judge", "high", 0.875), row("judged-math", "high", 0.5)]}
+    judged = {"flash.judge": [row("judging", "high", 0.875), row("judged-math", "high", 0.5)]}
     (run / "flash" / "judge").mkdir(parents=True)
     (run / "flash" / "judge" / "metrics.jsonl").write_text('{"step": 1, "judge_agreement": 0.5}\n')
     for name, rows in (fabricated() | judged).items():

@@ -62,7 +62,7 @@ def test_average_makes_a_model_that_opens(model, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["score", "{model}", "--environment", "chess"], "environment 'chess' does not exist; allowed: math, code, agent, instructions, judge"),
+    (["score", "{model}", "--environment", "chess"], "environment 'chess' does not exist; allowed: math, code, agent, instructions, judging"),
     (["score", "{model}", "--environment", "math", "--mode", "deep"], "mode is 'deep'; allowed: chat, high, max"),
     (["score", "{model}", "--environment", "math", "--budgets", "few"], "budgets is 'few'"),
     (["score", "{tmp}/none", "--environment", "math"], "neither a model folder"),
@@ -85,5 +85,5 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(model, tmp_path, monkeypat
 
 def test_the_built_in_environments_are_made_when_asked_for():
     found = Domains()
-    assert [*found] == ["math", "code", "agent", "instructions", "judge", "judged-math"] and "chess" not in found
+    assert [*found] == ["math", "code", "agent", "instructions", "judging", "judged-math"] and "chess" not in found
     assert found["math"] is found["math"] and found["math"].name == "math"
