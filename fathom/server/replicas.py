@@ -25,7 +25,7 @@ from fathom.engine.engine import Engine
 from fathom.engine.settings import EngineSettings
 from fathom.errors import InputError
 from fathom.server.app import ServerSettings, create_app
-from fathom.server.failures import Failure, render
+from fathom.server.failures import ANTHROPIC_PATHS, Failure, render
 from fathom.server.routing import PrefixRouter, prefix_keys
 
 MOST_REPLICAS = 64
@@ -113,7 +113,7 @@ class Front:
         self._watching: list[asyncio.Task] = []
 
     async def __call__(self, request: Request) -> Response:
-        """Any request but `GET /replicas`, which says how the replicas are."""
+        """Any request but `GET /replicas`, which says how the replicas are. `/metrics?replica=1` asks that replica."""
         self._watching = self._watching or [asyncio.create_task(self._watch(place)) for place in self._places]
         if request.url.path == "/replicas":
             return JSONResponse([{"replica": number, "up": not place.down.is_set(), "open": place.open, "process": place.process}
@@ -141,7 +141,8 @@ class Front:
         scope = {name: request.scope[name] for name in ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")}
         scope |= {"root_path": "", "client": None, "server": None}
         keys = prefix_keys(body, request.headers.get("authorization", ""))
-        tried: set[int] = set()
+        named = request.query_params.get("replica") if request.url.path == "/metrics" else None
+        tried = set() if named is None else {number for number in range(len(self._places)) if str(number) != named}
         while True:
             counts = [None if place.down.is_set() or number in tried else place.open for number, place in enumerate(self._places)]
             number = self._router.choose(keys, counts)
@@ -162,10 +163,17 @@ class Front:
             messages.cancel()
             raise
 
+        events = dict(start["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+
         async def rest() -> AsyncIterator[bytes]:
             try:
                 async for message in messages:
                     yield message.get("body", b"")
+            except RayError:
+                if not events:
+                    raise  # the connection breaks, so that nobody takes half an answer for a whole one
+                failure = render(Failure(503, "The replica was lost in the middle of the answer; ask again."), scope["path"])
+                yield (b"event: error\n" if scope["path"].startswith(ANTHROPIC_PATHS) else b"") + b"data: " + failure.body + b"\n\n"
             finally:
                 place.open -= 1
                 messages.cancel()
@@ -191,6 +199,7 @@ class Front:
 async def _unless_down(place: Place, first: Awaitable[Message]) -> Message:
     """The first message; Lost when the replica dies or goes down before it comes."""
     answering, falling = asyncio.ensure_future(_awaited(first)), asyncio.ensure_future(place.down.wait())
+    answering.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be waiting for it any more
     try:
         await asyncio.wait({answering, falling}, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():

@@ -5,10 +5,12 @@ import re
 
 import pytest
 
+from fathom.server.settings import ServerSettings
 from tests.browser import WAIT as LONGEST
 from tests.browser import chromium, new_page
-from tests.server.conftest import running
+from tests.server.conftest import KEY, running
 from tests.server.fake_api import BREAK, WAIT, FakeApi, called, done, hello, pieces
+from tests.server.scripted import ScriptedEngine
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": {"type": "object", "properties": {}}}}
@@ -62,6 +64,16 @@ def ask(shown, text="Say hello", wait=True):
 def say(text, **more):
     """A script that answers so."""
     return lambda _: [*pieces("content", text, 50), done(**more)]
+
+
+def test_the_server_gives_the_page_to_everyone(browser, expect):
+    refused = []
+    with running(ScriptedEngine(), ServerSettings(api_keys=(KEY,))) as server, new_page(browser) as shown:
+        shown.on("response", lambda response: response.status >= 400 and "/v1/" not in response.url and refused.append(response.url))
+        shown.goto(server.url)
+        expect(shown.locator("#welcome")).to_be_visible()
+        expect(shown.locator("#meter-context")).to_contain_text("context")
+    assert refused == []
 
 
 # ---- answers

@@ -110,12 +110,20 @@ def test_the_same_beginning_goes_to_the_same_replica_and_hits_its_cache(site):
     assert {answer[0] for answer in answers} == {200}
     assert homes | {answer[1]["x-fathom-replica"] for answer in answers} == {"0", "1"}
     assert [state["open"] for state in site.replicas()] == [0, 0]
+    for number in ("0", "1"):
+        status, headers, text = site.get(f"/metrics?replica={number}")
+        assert status == 200 and headers["x-fathom-replica"] == number and b"fathom:prompt_tokens_total" in text
+    assert site.get("/metrics?replica=9")[0] == 503
 
 
 def test_a_killed_replica_is_passed_over_and_comes_back(site):
     states = site.until_up()
     prompt = f"before the storm {TEXT * 12}"
     home = int(site.ask(prompt)[1]["x-fathom-replica"])
+    body = {"model": "small", "max_tokens": 2000, "stream": True, "messages": [{"role": "user", "content": prompt}]}
+    streamed = urllib.request.urlopen(urllib.request.Request(site.url + "/anthropic/v1/messages", json.dumps(body).encode(),
+                                                             {"content-type": "application/json"}), timeout=DEADLINE)
+    assert int(streamed.headers["x-fathom-replica"]) == home and streamed.read(1)
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(site.ask, f"{number} in flight {TEXT * 12}", 200) for number in range(8)]
         os.kill(states[home]["process"], signal.SIGKILL)
@@ -126,6 +134,7 @@ def test_a_killed_replica_is_passed_over_and_comes_back(site):
                 statuses.append(each.result()[0])
             except (urllib.error.URLError, ConnectionError, OSError, ValueError):
                 statuses.append(None)  # its answer had begun
+    assert b"event: error" in (rest := streamed.read()) or b"message_stop" in rest
     assert after[0] in (200, 503) and all(status in (200, 503, None) for status in statuses)
     if after[0] == 200:
         assert int(after[1]["x-fathom-replica"]) != home

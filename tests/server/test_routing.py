@@ -1,12 +1,15 @@
 """Which replica gets a request: same beginnings together, busy and dead replicas passed over, nothing grows without bound."""
 
+import importlib.util
 import json
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fathom.server.routing import BLOCK_CHARACTERS, MOST_BLOCKS, PrefixRouter, prefix_keys
+from tests.runs import fathom
 
 LONG = "x" * 3000
 
@@ -82,3 +85,9 @@ def test_different_prompts_spread_over_replicas():
     for number in range(40):
         counts[router.choose(prefix_keys(body(f"{number}" * 2000)), counts)] += 1
     assert Counter(counts) == {10: 4}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_replicas_say_what_to_install():
+    result = fathom("serve", "--replicas", "2", timeout=300)
+    assert result.returncode == 2 and result.stderr == "fathom: --replicas needs Ray; run: pip install 'fathom[ray]'\n"

@@ -220,6 +220,11 @@ def test_explain_without_a_model_says_that_it_is_untrained(tmp_path):
     assert '"name":"untrained example","trained":false' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+def test_explain_explains_itself():
+    result = fathom("explain", "--help", timeout=300)
+    assert result.returncode == 0 and "Example:  fathom explain " in result.stdout
+
+
 @pytest.mark.parametrize("arguments, problem", [
     (("--text", ""), "the text is empty"), (("--text", "word " * 2000), f"at most {MOST_TOKENS}"), (("no/such/run",), "neither a model folder"),
 ])
