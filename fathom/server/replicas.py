@@ -6,6 +6,7 @@ what that sends. A replica that dies is restarted by Ray; a request that it had 
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
@@ -25,7 +26,7 @@ from fathom.engine.engine import Engine
 from fathom.engine.settings import EngineSettings
 from fathom.errors import InputError
 from fathom.server.app import ServerSettings, create_app
-from fathom.server.failures import ANTHROPIC_PATHS, Failure, render
+from fathom.server.failures import ANTHROPIC_PATHS, Draining, Failure, failure_of, render
 from fathom.server.routing import PrefixRouter, prefix_keys
 
 MOST_REPLICAS = 64
@@ -111,6 +112,7 @@ class Front:
         self._settings, self._router = settings, PrefixRouter()
         self._places = [Place(handle) for handle in replicas]
         self._watching: list[asyncio.Task] = []
+        self._draining = False
 
     async def __call__(self, request: Request) -> Response:
         """Any request but `GET /replicas`, which says how the replicas are. `/metrics?replica=1` asks that replica."""
@@ -119,11 +121,19 @@ class Front:
             return JSONResponse([{"replica": number, "up": not place.down.is_set(), "open": place.open, "process": place.process}
                                  for number, place in enumerate(self._places)])
         try:
+            if self._draining and request.method == "POST":
+                raise failure_of(Draining("The server takes no new requests now; try again later."))
             body = await self._read(request)
             return await self._pass_on(request, body)
         except Failure as failure:
             status, headers, text = render(failure, request.url.path)
             return Response(text, status, headers)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests; return when none is open any more, or after `seconds`."""
+        self._draining, end = True, time.monotonic() + seconds
+        while any(place.open for place in self._places) and time.monotonic() < end:
+            await asyncio.sleep(0.1)
 
     async def _read(self, request: Request) -> bytes:
         body = bytearray()
@@ -220,27 +230,30 @@ async def _awaited(value: Awaitable[Any]) -> Any:
 def launch_replicas(count: int, plan: Plan, host: str, port: int, console: Console) -> None:
     """Serve with `count` replicas until a signal comes, on the Ray cluster that RAY_ADDRESS names, else on this machine.
 
-    InputError for a count that is out of range.
+    The first signal lets running requests finish, a second does not. InputError for a count that is out of range.
     """
     if not 2 <= count <= MOST_REPLICAS:
         raise InputError(f"replicas is {count}; allowed: 2 to {MOST_REPLICAS} (without --replicas one process serves)")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     here = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     ray.init(log_to_driver=True, **here)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would drop what runs
     try:
         cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
         share = cores // count or cores / count  # also the threads of each
         serve.start(http_options={"host": host, "port": port, "num_cpus": 0})
-        serve.run(application(count, plan, share), name="fathom", route_prefix="/")
+        front = serve.run(application(count, plan, share), name="fathom", route_prefix="/")
         console.print(f"serving {plan.server.model_name} at http://{host}:{port} with {count} replicas  (Ctrl-C stops)", soft_wrap=True,
                       highlight=False, markup=False)
         with suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
+        front.drain.remote(plan.server.drain_seconds).result()
+    except KeyboardInterrupt:
+        pass  # asked twice
     finally:
-        with suppress(KeyboardInterrupt):
-            serve.shutdown()
-            ray.shutdown()
+        serve.shutdown()
+        ray.shutdown()
 
 
 def application(count: int, plan: Plan, cores: float) -> Any:
@@ -249,4 +262,6 @@ def application(count: int, plan: Plan, cores: float) -> Any:
         num_replicas=1, max_ongoing_requests=4096, graceful_shutdown_timeout_s=plan.server.drain_seconds, health_check_period_s=5,
         ray_actor_options={"num_cpus": cores})
     replicas = [deployment.options(name=f"replica-{number}").bind(plan) for number in range(count)]
-    return serve.deployment(Front).options(num_replicas=1, max_ongoing_requests=1 << 14, ray_actor_options={"num_cpus": 0}).bind(replicas, plan.server)
+    front = serve.deployment(Front).options(num_replicas=1, max_ongoing_requests=1 << 14, graceful_shutdown_timeout_s=plan.server.drain_seconds,
+                                            ray_actor_options={"num_cpus": 0})
+    return front.bind(replicas, plan.server)

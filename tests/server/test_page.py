@@ -80,7 +80,8 @@ def test_the_server_gives_the_page_to_everyone(browser, expect):
 
 
 def test_an_answer_is_shown_while_it_comes(visit, api, expect):
-    api.script = lambda _: [*pieces("content", "# Title\n\nSome **bold** and `code`"), WAIT, *pieces("content", " to the end.\n\n```python\nx = 1\n```\n"), done()]
+    api.script = lambda _: [*pieces("content", "# Title\n\nSome **bold** and `code`"), WAIT,
+                            *pieces("content", " to the end.\n\n```python\nx = 1\n```\n"), done()]
     shown = visit()
     ask(shown, wait=False)
     expect(shown.locator(".message.assistant .prose strong")).to_have_text("bold")
@@ -370,8 +371,10 @@ LONG = ("A long line: " + "word" * 60 + "\n\nhttps://example.org/" + "path/" * 4
 
 
 def test_a_phone_never_scrolls_sideways(visit, api, expect):
-    sideways = "document.documentElement.scrollWidth > innerWidth || document.querySelector('#scroll').scrollWidth > document.querySelector('#scroll').clientWidth"
-    api.script = lambda _: [*pieces("reasoning_content", LONG, 200), *pieces("content", LONG, 200), *called(("f" * 80, json.dumps({"a": "b" * 200}))), done("tool_calls")]
+    sideways = "document.documentElement.scrollWidth > innerWidth || " \
+        "document.querySelector('#scroll').scrollWidth > document.querySelector('#scroll').clientWidth"
+    api.script = lambda _: [*pieces("reasoning_content", LONG, 200), *pieces("content", LONG, 200),
+                            *called(("f" * 80, json.dumps({"a": "b" * 200}))), done("tool_calls")]
     shown = visit(**PHONE)
     assert not shown.evaluate(sideways)
     shown.fill("#prompt", "long" * 80)
@@ -401,7 +404,8 @@ HOSTILE = [
     "[a](javascript:hacked=1) [b](JaVaScRiPt:hacked=1) [c](data:text/html,<script>hacked=1</script>) [d](vbscript:x) <javascript:hacked=1>",
     "[a]( java\nscript:hacked=1) [b](\x01javascript:hacked=1) [c](//evil.example/x) ![i](https://evil.example/beacon.png) ![j](javascript:hacked=1)",
     "[a](https://ok.example/\"onmouseover=\"hacked=1) https://ok.example/'onclick='hacked=1 <a href='javascript:hacked=1'>x</a>",
-    "<style>body { display: none }</style><link rel=stylesheet href=https://evil.example/x.css><base href=https://evil.example/><form action=https://evil.example>",
+    "<style>body { display: none }</style><link rel=stylesheet href=https://evil.example/x.css>"
+    "<base href=https://evil.example/><form action=https://evil.example>",
     "&lt;script&gt;hacked = 1&lt;/script&gt; <!-- --> <![CDATA[ ]]> \u202e\u0000 $<script>hacked=1</script>$ $$<img src=x onerror=hacked=1>$$",
 ]
 
@@ -409,7 +413,8 @@ HOSTILE = [
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_a_hostile_answer_stays_text(visit, api, number):
     text = HOSTILE[number]
-    api.script = lambda _: [*pieces("reasoning_content", text, 40), *pieces("content", text, 7), *called((MARKUP, json.dumps({MARKUP: text}))), done("tool_calls")]
+    api.script = lambda _: [*pieces("reasoning_content", text, 40), *pieces("content", text, 7),
+                            *called((MARKUP, json.dumps({MARKUP: text}))), done("tool_calls")]
     api.models.append({"id": MARKUP, "object": "model"})
     asked = []
     shown = visit()
@@ -419,7 +424,8 @@ def test_a_hostile_answer_stays_text(visit, api, number):
     for _ in range(2):  # as it came, and as it is read back from storage
         assert shown.evaluate("globalThis.hacked") is None
         assert shown.locator("#thread").locator("script, img, iframe, style, link, base, form, object, embed").count() == 0
-        assert shown.evaluate("[...document.querySelectorAll('#thread *, #conversations *')].flatMap(e => [...e.attributes]).filter(a => a.name.startsWith('on')).length") == 0
+        assert shown.evaluate("[...document.querySelectorAll('#thread *, #conversations *')].flatMap(e => [...e.attributes])"
+                              ".filter(a => a.name.startsWith('on')).length") == 0
         links = shown.eval_on_selector_all("#thread a", "all => all.map(a => [new URL(a.href).protocol, a.rel, a.target])")
         assert all(protocol in ("http:", "https:") and "noopener" in rel and target == "_blank" for protocol, rel, target in links)
         assert not [url for url in asked if "127.0.0.1" not in url]

@@ -65,11 +65,10 @@ def site(tmp_path_factory):
     tokenizer.save(folder / "small")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    variables = environment() | {"RAY_ADDRESS": ""}
-    del variables["RAY_ADDRESS"]
+    variables = {name: value for name, value in environment().items() if name != "RAY_ADDRESS"}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command("serve", folder / "small", "--replicas", "2", "--port", str(port), "--disk-cache", folder / "kv", "--cache-gib", "0.1"),
-                                   stdout=log, stderr=log, env=variables)
+        options = ("--replicas", "2", "--port", str(port), "--disk-cache", folder / "kv", "--cache-gib", "0.1")
+        process = subprocess.Popen(command("serve", folder / "small", *options), stdout=log, stderr=log, env=variables)
     try:
         end = time.monotonic() + DEADLINE
         while "with 2 replicas" not in (folder / "log").read_text() and process.poll() is None and time.monotonic() < end:
@@ -78,12 +77,21 @@ def site(tmp_path_factory):
         site = Site(port)
         site.until_up()
         yield site
+        with ThreadPoolExecutor(6) as pool:  # a signal lets running answers finish, then all processes end
+            answers = [pool.submit(site.ask, f"{number} at the end", 400, True) for number in range(6)]
+            while sum(state["open"] for state in site.replicas()) == 0 and not all(answer.done() for answer in answers):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            answers = [answer.result() for answer in answers]
+        assert process.wait(DEADLINE) == 0
+        assert all(b"message_stop" in body or status == 503 for status, _, body in answers) and any(status == 200 for status, _, _ in answers)
     finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(120)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def test_the_page_the_api_and_errors_come_through_the_front(site):
