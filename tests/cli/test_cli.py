@@ -11,7 +11,8 @@ import pytest
 from fathom.checkpoint.training import find_model
 from tests.runs import fathom, losses, micro_recipe
 
-VERBS = ["train", "sft", "grpo", "distill", "average", "score", "pipeline", "generate", "chat", "eval", "info", "convert", "inspect", "serve"]
+VERBS = ["train", "sft", "grpo", "distill", "average", "score", "pipeline", "generate", "chat", "eval", "info", "convert", "inspect", "serve",
+         "explain", "report"]
 
 
 @pytest.fixture(scope="module")
