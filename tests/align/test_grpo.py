@@ -23,12 +23,13 @@ from fathom.align.round import find_round, hidden_of_targets, kept_in, load_batc
 from fathom.align.routing import recorded_routing, replayed_routing
 from fathom.align.sample import Mode, Sample, pack_samples
 from fathom.checkpoint.released import load_model
+from fathom.checkpoint.training import find_model
 from fathom.errors import CheckpointError, DataError, RecipeError
 from fathom.ops import IGNORE
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop
 from fathom.train.tracking import read_metrics
-from tests.align.toy import TOYS, micro_folder, run
+from tests.align.toy import TOYS, Letters, micro_folder, run
 from tests.runs import environment, losses
 
 
@@ -147,6 +148,14 @@ def test_a_first_update_is_on_policy_and_learns(base, tmp_path):
             "gradient_norm"} <= set(lines[0])
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and max(line["kl"] for line in lines) > 1e-4
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.2
+
+
+def test_rounds_without_any_difference_of_rewards_change_no_weight(base, tmp_path):
+    never = {"never": Letters("never", "☃")}
+    folder = reinforce(grpo(base, tmp_path / "run", environments=("never",), pace=Pace(2, 2, 0.05), prompts=2), never, False, Console(quiet=True))
+    before, after = load_model(base).state_dict(), load_model(find_model(folder)).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [line["used_share"] for line in read_metrics(folder)] == [0, 0, 0, 0] and read_metrics(folder)[0]["skipped_groups"] == 1
 
 
 def test_sampling_with_released_numbers_trains_on_them(base, tmp_path):
