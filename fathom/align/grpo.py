@@ -125,19 +125,24 @@ def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, cons
     learner = Learner(recipe, model, tokenizer, environments_named(recipe.environments, known), reference)
     schedule = recipe.pace.schedule()
     optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
-    stage = Stage(batch=learner.rounds.batch, loss=learner.loss, rate=schedule.rate_at, bias_speed=lambda step: 0.0, validate=None,
+    stage = Stage(batch=learner.rounds.batch, loss=learner.loss, rate=lambda step: schedule.rate_at(step) * learner.share**0.5, bias_speed=lambda step: 0.0, validate=None,
                   quantised=lambda step: recipe.quantise)
     run_stage(run, model, tokenizer, optimizer, stage, recipe.pace.steps, state.step if state else 0, recipe.loop, console)
     return run
 
 
 class Learner:
-    """Makes the rounds of a run, and the loss of their batches."""
+    """Makes the rounds of a run, and the loss of their batches.
+
+    `share` is the part of the last update's groups that had something to teach. The steps of Muon and AdamW are as long for one group as
+    for all of them, so the rate falls with the square root of the share, and an update without any changes nothing.
+    """
 
     def __init__(self, recipe: Grpo, model: Transformer, tokenizer: Tokenizer, environments: dict[str, Environment],
                  reference: Transformer | None):
         self.recipe, self.model, self.tokenizer, self.environments, self.reference = recipe, model, tokenizer, environments, reference
         self.known = min(tokenizer.vocab_size, model.config.vocab_size)
+        self.share = 0.0
         self.rounds = Rounds(Path(recipe.run), model, recipe.pace.updates, {"recipe": recipe_fingerprint(recipe)}, self.make_round)
 
     def make_round(self, number: int, log: RolloutLog) -> list[SampleBatch]:
@@ -151,8 +156,9 @@ class Learner:
                                       judging_seed(recipe.seed, number))
             parts, skipped = samples_of(rollouts, recipe)
             batches = [pack_samples(samples, recipe.row_tokens, self.tokenizer.pad_id) for samples in parts]
-            for batch in batches:
-                batch.numbers.update(observe_policy(model, batch, recipe.draw, self.known))
+            for batch, samples in zip(batches, parts, strict=True):
+                share = sum(sample.weight > 0 for sample in samples) * recipe.pace.updates / len(rollouts)
+                batch.numbers.update(observe_policy(model, batch, recipe.draw, self.known), share=torch.tensor(min(share, 1.0)))
         for batch in batches:
             if self.reference is not None:
                 batch.numbers["reference_logs_N"] = self._reference_logs(batch)
@@ -170,7 +176,9 @@ class Learner:
         policy = policy_loss(logs_N, numbers["old_logs_N"], numbers.get("reference_logs_N"), numbers["advantage_U"], numbers["weight_U"],
                              batch.sample_N, recipe.policy)
         auxiliary, more = auxiliary_losses(features.observations, recipe.losses)
-        parts = {"loss": float(policy.total.detach()), "entropy": float(entropy_N.mean())} | policy.parts | batch.metrics
+        self.share = float(numbers["share"])
+        auxiliary = auxiliary * (self.share > 0)
+        parts = {"loss": float(policy.total.detach()), "used_share": self.share, "entropy": float(entropy_N.mean())} | policy.parts | batch.metrics
         return Losses(policy.total + auxiliary, parts | {name: float(part.detach()) for name, part in more.items()}, features.observations)
 
     @torch.no_grad()

@@ -16,8 +16,8 @@ from fathom.errors import CheckpointError, RecipeError
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop
 from fathom.train.tracking import read_metrics
-from tests.align.test_grpo import finish, start, wait_for, weights, written
-from tests.align.toy import TOYS, micro_folder
+from tests.align.test_grpo import start, wait_for, weights, written
+from tests.align.toy import TOYS, micro_folder, run
 from tests.runs import losses
 
 QUIET = Console(quiet=True)
@@ -58,8 +58,8 @@ def test_the_loss_is_the_exact_divergence_from_the_teacher_of_each_samples_domai
 
 
 def test_the_student_becomes_its_teachers(models, tmp_path):
-    run = distill(recipe(models, tmp_path / "run", pace=Pace(8, 2, 0.01), prompts=16), TOYS, False, QUIET)
-    lines = [line for line in read_metrics(run) if "loss" in line]
+    folder = distill(recipe(models, tmp_path / "run", pace=Pace(8, 2, 0.01), prompts=16), TOYS, False, QUIET)
+    lines = [line for line in read_metrics(folder) if "loss" in line]
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"] and {"kl_letters", "kl_other", "reward", "tokens_per_rollout"} <= set(lines[0])
 
 
@@ -75,13 +75,13 @@ def test_killed_and_resumed_equals_unbroken_bit_for_bit(models, tmp_path):
     folders = tmp_path / "unbroken", tmp_path / "killed"
     for folder in folders:
         folder.mkdir()
-    finish(start("distill", written(recipe(models, folders[0] / "run"), folders[0])))
+    run("distill", written(recipe(models, folders[0] / "run"), folders[0]))
     path = written(recipe(models, folders[1] / "run"), folders[1])
     process = start("distill", path)
     wait_for((folders[1] / "run" / "rounds" / "round-000002.log").exists)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    finish(start("distill", path, "--resume"))
+    process.wait()
+    run("distill", path, resume=True)
     assert losses(folders[1] / "run") == losses(folders[0] / "run")
     assert weights(folders[1] / "run", 6) == weights(folders[0] / "run", 6)
 

@@ -23,12 +23,13 @@ from fathom.align.round import find_round, hidden_of_targets, kept_in, load_batc
 from fathom.align.routing import recorded_routing, replayed_routing
 from fathom.align.sample import Mode, Sample, pack_samples
 from fathom.checkpoint.released import load_model
+from fathom.checkpoint.training import find_model
 from fathom.errors import CheckpointError, DataError, RecipeError
 from fathom.ops import IGNORE
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop
 from fathom.train.tracking import read_metrics
-from tests.align.toy import TOYS, micro_folder
+from tests.align.toy import TOYS, Letters, micro_folder, run
 from tests.runs import environment, losses
 
 
@@ -138,8 +139,8 @@ def test_rewards_become_advantages_and_equal_groups_are_skipped(base, tmp_path, 
 
 
 def test_a_first_update_is_on_policy_and_learns(base, tmp_path):
-    run = reinforce(grpo(base, tmp_path / "run", pace=Pace(8, 2, 0.02), prompts=5, group=8), TOYS, False, Console(quiet=True))
-    lines = [line for line in read_metrics(run) if "reward" in line]
+    folder = reinforce(grpo(base, tmp_path / "run", pace=Pace(8, 2, 0.02), prompts=5, group=8), TOYS, False, Console(quiet=True))
+    lines = [line for line in read_metrics(folder) if "reward" in line]
     assert [line["step"] for line in lines] == [*range(1, 17)]
     for line in lines[::2]:
         assert line["clip_share"] == 0 and line["drifted_share"] == 0
@@ -147,6 +148,14 @@ def test_a_first_update_is_on_policy_and_learns(base, tmp_path):
             "gradient_norm"} <= set(lines[0])
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and max(line["kl"] for line in lines) > 1e-4
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.2
+
+
+def test_rounds_without_any_difference_of_rewards_change_no_weight(base, tmp_path):
+    never = {"never": Letters("never", "☃")}
+    folder = reinforce(grpo(base, tmp_path / "run", environments=("never",), pace=Pace(2, 2, 0.05), prompts=2), never, False, Console(quiet=True))
+    before, after = load_model(base).state_dict(), load_model(find_model(folder)).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [line["used_share"] for line in read_metrics(folder)] == [0, 0, 0, 0] and read_metrics(folder)[0]["skipped_groups"] == 1
 
 
 def test_sampling_with_released_numbers_trains_on_them(base, tmp_path):
@@ -197,14 +206,10 @@ def written(recipe, folder):
     return path
 
 
-def start(kind, recipe, *options):
-    return subprocess.Popen([sys.executable, "-m", "tests.align.toy", kind, str(recipe), *options], env=environment(),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+def start(kind, recipe):
+    """A run in a process of its own, to be killed."""
+    return subprocess.Popen([sys.executable, "-m", "tests.align.toy", kind, str(recipe)], env=environment(), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
 
 
 def wait_for(holds):
@@ -222,7 +227,7 @@ def weights(run, step):
 @pytest.fixture(scope="module")
 def unbroken(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
-    finish(start("grpo", written(grpo(base, folder / "run"), folder)))
+    run("grpo", written(grpo(base, folder / "run"), folder))
     return folder / "run"
 
 
@@ -232,15 +237,14 @@ def lines_of(path):
 
 @pytest.mark.parametrize("where", ["sampling", "training"])
 def test_killed_and_resumed_equals_unbroken_bit_for_bit(base, tmp_path, unbroken, where):
-    run, recipe = tmp_path / "run", written(grpo(base, tmp_path / "run"), tmp_path)
+    folder, recipe = tmp_path / "run", written(grpo(base, tmp_path / "run"), tmp_path)
     process = start("grpo", recipe)
     if where == "sampling":
-        wait_for(lambda: lines_of(run / "rounds" / "round-000002.log") > 4)
+        wait_for(lambda: lines_of(folder / "rounds" / "round-000002.log") > 4)
     else:
-        wait_for(lambda: (run / "rounds" / "round-000002" / "manifest.json").exists())
+        wait_for(lambda: (folder / "rounds" / "round-000002" / "manifest.json").exists())
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    if not (run / "checkpoints" / "step-000003").exists():
-        raise AssertionError("killed before the first checkpoint")
-    finish(start("grpo", recipe, "--resume"))
-    assert losses(run) == losses(unbroken) and weights(run, 8) == weights(unbroken, 8)
+    process.wait()
+    assert (folder / "checkpoints" / "step-000003").exists()
+    run("grpo", recipe, resume=True)
+    assert losses(folder) == losses(unbroken) and weights(folder, 8) == weights(unbroken, 8)

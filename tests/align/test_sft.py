@@ -15,8 +15,8 @@ from fathom.optim.muon import AdamW
 from fathom.optim.schedules import Schedule
 from fathom.text.tokenizer import EOS, THINK, THINK_END, USER
 from fathom.train.loop import Loop
-from tests.align.test_grpo import finish, start, wait_for, weights, written
-from tests.align.toy import TOYS, micro_folder, micro_tokenizer
+from tests.align.test_grpo import start, wait_for, weights, written
+from tests.align.toy import TOYS, micro_folder, micro_tokenizer, run
 from tests.models import random_model, small_config
 from tests.runs import losses
 
@@ -89,14 +89,14 @@ def test_expert_only_tuning_changes_experts_and_nothing_else(base, tmp_path):
 
 
 def test_lora_changes_what_it_adapts_by_low_rank_and_its_checkpoint_opens_like_any_model(base, tmp_path):
-    run = fine_tune(recipe(base, tmp_path / "run", tune="lora", lora=Lora(2, 8.0)), tmp_path, False, QUIET, TOYS)
-    before, after = (dict(load_model(find_model(path)).named_parameters()) for path in (base, run))
-    names = changed(base, run)
+    folder = fine_tune(recipe(base, tmp_path / "run", tune="lora", lora=Lora(2, 8.0)), tmp_path, False, QUIET, TOYS)
+    before, after = (dict(load_model(find_model(path)).named_parameters()) for path in (base, folder))
+    names = changed(base, folder)
     assert names <= set(lora_names(before.items())) and any(".experts." in name for name in names)
     assert any(".attention." in name for name in names)
     for name in names:
         assert int(torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-3).max()) <= 2
-    curve = [loss for _, loss in losses(run)]
+    curve = [loss for _, loss in losses(folder)]
     assert curve[-1] < curve[0]
 
 
@@ -133,13 +133,13 @@ def test_a_lora_run_that_was_killed_equals_an_unbroken_one(base, tmp_path):
         folder.mkdir()
     long = dict(tune="lora", schedule=Schedule(24, 128, lengths=(64,), warmup_steps=1, peak_rate=0.01, final_rate=0.001),
                 loop=Loop(checkpoint_every=4, validate_every=24))
-    finish(start("sft", written(recipe(base, folders[0] / "run", **long), folders[0])))
+    run("sft", written(recipe(base, folders[0] / "run", **long), folders[0]))
     path = written(recipe(base, folders[1] / "run", **long), folders[1])
     process = start("sft", path)
     wait_for((folders[1] / "run" / "checkpoints" / "step-000004").exists)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    finish(start("sft", path, "--resume"))
+    process.wait()
+    run("sft", path, resume=True)
     assert losses(folders[1] / "run") == losses(folders[0] / "run")
     assert weights(folders[1] / "run", 24) == weights(folders[0] / "run", 24)
 

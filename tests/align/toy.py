@@ -3,12 +3,20 @@
 import sys
 from pathlib import Path
 
+import torch
+from rich.console import Console
+
+from fathom import recipe as recipes
+from fathom.align.distill import Distill, distill
 from fathom.align.environments.base import Environment, Score, assistant, broken_calls, final_text, tool_call
+from fathom.align.grpo import Grpo, reinforce
+from fathom.align.sft import Sft, fine_tune
 from fathom.checkpoint.released import save_model
 from fathom.text.tokenizer import Tokenizer
 from tests.models import random_model, small_config
 from tests.runs import WORDS
 
+QUIET = Console(quiet=True)
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {
     "type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}}}
 
@@ -74,16 +82,19 @@ def micro_folder(folder: Path, seed: int = 0, vocab_size: int = 320, **changes) 
     return folder
 
 
-if __name__ == "__main__":  # python -m tests.align.toy KIND RECIPE [--resume]
-    from rich.console import Console
+def run(kind: str, recipe: Path, resume: bool = False) -> None:
+    """A run of this kind by one thread, as a process with OMP_NUM_THREADS=1 does it."""
+    settings, function = {
+        "grpo": (Grpo, lambda recipe: reinforce(recipe, TOYS, resume, QUIET)),
+        "distill": (Distill, lambda recipe: distill(recipe, TOYS, resume, QUIET)),
+        "sft": (Sft, lambda recipe: fine_tune(recipe, Path(), resume, QUIET, TOYS))}[kind]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        function(recipes.load(settings, recipe))
+    finally:
+        torch.set_num_threads(threads)
 
-    from fathom import recipe as recipes
-    from fathom.align.distill import Distill, distill
-    from fathom.align.grpo import Grpo, reinforce
-    from fathom.align.sft import Sft, fine_tune
 
-    runs = {"grpo": (Grpo, lambda recipe, resume: reinforce(recipe, TOYS, resume, Console())),
-            "distill": (Distill, lambda recipe, resume: distill(recipe, TOYS, resume, Console())),
-            "sft": (Sft, lambda recipe, resume: fine_tune(recipe, Path(), resume, Console(), TOYS))}
-    kind, run = runs[sys.argv[1]]
-    run(recipes.load(kind, sys.argv[2]), "--resume" in sys.argv)
+if __name__ == "__main__":  # python -m tests.align.toy KIND RECIPE
+    run(sys.argv[1], Path(sys.argv[2]))
