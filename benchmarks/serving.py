@@ -249,8 +249,9 @@ def measure_trace(model: str, turns: int = 50) -> dict:
             messages += [{"role": "assistant", "content": answer["choices"][0]["message"]["content"] or "",
                           "reasoning_content": answer["choices"][0]["message"].get("reasoning_content") or "", "tool_calls": [call]},
                          {"role": "tool", "tool_call_id": f"call_{turn}", "content": prompt(100 + turn, 12)}]
-    figures = {"turns": turns, "prompt_tokens": total, "hit_tokens": hit, "share": hit / total}
-    print(f"\n{turns} turns with tools: {hit:,} of {total:,} prompt tokens hit, {hit / total:.1%}")
+    possible = 1 - usage["prompt_tokens"] / total  # every token of the last prompt was new once
+    figures = {"turns": turns, "prompt_tokens": total, "hit_tokens": hit, "share": hit / total, "possible_share": possible}
+    print(f"\n{turns} turns with tools: {hit:,} of {total:,} prompt tokens hit, {hit / total:.1%}; {possible:.1%} could be, for the rest was new")
     return figures
 
 
