@@ -1,15 +1,19 @@
-"""What serving costs: many streams at once against one and against the engine without HTTP, repeated prompts, a long agent's trace.
+"""What serving costs: many streams at once against one and against the engine without HTTP, repeated prompts, a long agent's trace, a full queue.
 
+    python benchmarks/serving.py model runs/random-tiny     makes a model of the preset tiny with random weights, if there is no trained one
     python benchmarks/serving.py streams runs/tiny-chat     about 6 minutes: 64 streams for 2 minutes, one stream, the bare engine
     python benchmarks/serving.py prefix runs/tiny-chat      time to first token of 13K- and 32K-token prompts, cold and again
     python benchmarks/serving.py trace runs/tiny-chat       50 turns with tools: the share of prompt tokens that hit
+    python benchmarks/serving.py queue runs/tiny-chat       how soon a request is refused while the queue is full
 
-Each prints a Markdown table and keeps its figures in benchmarks/results/serving.json. The server runs in a process of its own.
+Each prints a Markdown table and keeps its figures in benchmarks/results/serving.json, with the machine and its load. The server runs in
+a process of its own. Only ratios within one run mean something on a machine that does other work too.
 """
 
 import asyncio
 import json
 import multiprocessing
+import os
 import platform
 import random
 import re
@@ -24,15 +28,20 @@ from pathlib import Path
 import httptools
 import torch
 
+from fathom.checkpoint.released import save_model
+from fathom.config import ModelConfig
 from fathom.engine.engine import Engine
 from fathom.engine.request import Request
 from fathom.engine.sampler import Sampling
+from fathom.model.transformer import Transformer
+from fathom.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 WORDS = ("the morning was fine and Emma walked to the village with her sister while the rain held off until the evening came and "
          "every window of the house was lit").split()
 STREAMS, SECONDS, ANSWER = 64, 120, 200
+TEXT = re.compile(rb'content": ?"[^"]|arguments": ?"[^"]')
 
 
 def prompt(seed: int, words: int = 60) -> str:
@@ -96,7 +105,7 @@ async def ask(port: int, body: dict, path: str = "/v1/chat/completions") -> tupl
         for event in whole:
             if event.startswith(b"data: {"):
                 last = event
-                events += b'_text"' in event or b'content":"' in event and b'content":""' not in event or b'content": "' in event
+                events += TEXT.search(event) is not None
                 if not first and events:
                     first = time.monotonic() - began
     writer.close()
@@ -240,20 +249,66 @@ def measure_trace(model: str, turns: int = 50) -> dict:
             messages += [{"role": "assistant", "content": answer["choices"][0]["message"]["content"] or "",
                           "reasoning_content": answer["choices"][0]["message"].get("reasoning_content") or "", "tool_calls": [call]},
                          {"role": "tool", "tool_call_id": f"call_{turn}", "content": prompt(100 + turn, 12)}]
-    figures = {"turns": turns, "prompt_tokens": total, "hit_tokens": hit, "share": hit / total}
-    print(f"\n{turns} turns with tools: {hit:,} of {total:,} prompt tokens hit, {hit / total:.1%}")
+    possible = 1 - usage["prompt_tokens"] / total  # every token of the last prompt was new once
+    figures = {"turns": turns, "prompt_tokens": total, "hit_tokens": hit, "share": hit / total, "possible_share": possible}
+    print(f"\n{turns} turns with tools: {hit:,} of {total:,} prompt tokens hit, {hit / total:.1%}; {possible:.1%} could be, for the rest was new")
     return figures
+
+
+async def _fill_and_knock(port: int, wanted: int) -> list[float]:
+    """Seconds until each of so many requests was refused, while one runs and all places to wait are taken."""
+    busy = [asyncio.ensure_future(ask(port, chat_body(index, max_tokens=3000))) for index in range(12)]
+    refused = []
+    while sum(each.done() for each in busy) < 3:  # those for which there is no place
+        await asyncio.sleep(0.02)
+    while len(refused) < wanted and not all(each.done() for each in busy):
+        began = time.monotonic()
+        status, *_ = await ask(port, chat_body(99, stream=False, max_tokens=1))
+        if status == 429:
+            refused.append(time.monotonic() - began)
+        await asyncio.sleep(0.02)
+    for each in busy:
+        each.cancel()
+    await asyncio.gather(*busy, return_exceptions=True)
+    return sorted(refused)
+
+
+def measure_queue(model: str, wanted: int = 100) -> dict:
+    """One request runs, eight wait, and others knock; each on a connection of its own, which counts."""
+    with server(model, "--name", "m", "--running", "1", "--waiting", "8") as port:
+        seconds = asyncio.run(_fill_and_knock(port, wanted))
+    figures = {"refusals": len(seconds), "median_ms": statistics.median(seconds) * 1000, "p99_ms": seconds[int(len(seconds) * 0.99) - 1] * 1000,
+               "slowest_ms": seconds[-1] * 1000}
+    print(f"\n{len(seconds)} requests refused with 429: {figures['median_ms']:.1f} ms (median), {figures['p99_ms']:.1f} ms (99%), "
+          f"{figures['slowest_ms']:.1f} ms (slowest)")
+    return figures
+
+
+def make_model(folder: str) -> None:
+    """The preset tiny with random weights, and a tokenizer of the benchmark's own words."""
+    tokenizer = Tokenizer.train([prompt(seed, 2000) for seed in range(4)], 4096)
+    save_model(Transformer(ModelConfig.preset("tiny")).initialise(0), folder)
+    tokenizer.save(folder)
+
+
+def machine() -> dict:
+    """What the figures were measured on, and how much else ran there."""
+    return {"cores": len(os.sched_getaffinity(0)), "load": [round(load, 1) for load in os.getloadavg()], "torch": torch.__version__,
+            "python": platform.python_version()}
 
 
 def main() -> None:
     """Measure, print, keep."""
-    commands = {"streams": measure_streams, "prefix": measure_prefix, "trace": measure_trace}
-    if len(sys.argv) != 3 or sys.argv[1] not in commands:
+    commands = {"streams": measure_streams, "prefix": measure_prefix, "trace": measure_trace, "queue": measure_queue}
+    if len(sys.argv) != 3 or sys.argv[1] not in (*commands, "model"):
         raise SystemExit(__doc__)
+    if sys.argv[1] == "model":
+        make_model(sys.argv[2])
+        return
+    before = machine()
     figures = commands[sys.argv[1]](sys.argv[2])
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[sys.argv[1]] = figures
-    results["machine"] = {"cores": len(__import__("os").sched_getaffinity(0)), "torch": torch.__version__, "python": platform.python_version()}
+    results[sys.argv[1]] = figures | {"model": Path(sys.argv[2]).name, "machine": before | {"load_after": machine()["load"]}}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
