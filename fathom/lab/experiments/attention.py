@@ -47,7 +47,7 @@ def recall(trained: Trained) -> dict[str, float]:
     gains = {}
     for distance in DISTANCES:
         nats = []
-        for number in range(PASSAGES):
+        for number in range(max(1, min(PASSAGES, len(tokens_T) // (2 * PASSAGE + distance)))):
             begin = number * (2 * PASSAGE + distance)
             passage, between = tokens_T[begin:begin + PASSAGE], tokens_T[begin + PASSAGE:begin + PASSAGE + distance - PASSAGE]
             row = torch.cat([passage, between, passage])[None]
