@@ -32,7 +32,7 @@ JAIL = NEWUSER | NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS | NEWCGROUP
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = (
     1, 2, 4, 8, 32, 4096, 16384, 1 << 18, 1 << 19)
 MNT_DETACH = 2
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, FILTER_MODE = 4, 22, 38, 2
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, FILTER_MODE = 1, 4, 22, 38, 2
 CALLS = {"x86_64": (155, 126), "aarch64": (41, 91)}  # pivot_root, capset
 CAPABILITIES_VERSION = 0x20080522
 NOBODY = 65534
@@ -178,6 +178,7 @@ def child(jail: tuple[int, int] | None, request: dict, files: list[int], filter_
     """All that a forked child does; `files` are the program, its input, its output and its errors."""
     status = 1
     try:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # where there is no jail that ends with the server
         os.setsid()  # no signal to its own process group may reach the server
         signal.set_wakeup_fd(-1)
         for number, kind in enumerate((files[1], files[2], files[3])):

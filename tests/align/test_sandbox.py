@@ -95,8 +95,8 @@ def test_no_network_and_no_view_of_the_kernel(request, isolation):
     result = run(request.getfixturevalue(isolation), attempt(
         "socket.socket()", "socket.socketpair()", "socket.socket(socket.AF_UNIX)", "socket.create_connection(('127.0.0.1', 80), 1)",
         "os.fork()", "os.pidfd_open(1)") + "libc = ctypes.CDLL(None)\nprint(libc.unshare(0x10000000), libc.ptrace(0, 0, 0, 0),"
-        "libc.mount(b'a', b'/tmp', b'tmpfs', 0, b''), libc.chroot(b'/tmp'), libc.setns(0, 0))")
-    assert result.ok and "THROUGH" not in result.stdout and result.stdout.endswith("-1 -1 -1 -1 -1\n"), result.stdout
+        "libc.mount(b'a', b'/tmp', b'tmpfs', 0, b''), libc.chroot(b'/tmp'), libc.setns(0, 0), libc.shmget(0, 1 << 30, 0o1600))")
+    assert result.ok and "THROUGH" not in result.stdout and result.stdout.endswith("-1 -1 -1 -1 -1 -1\n"), result.stdout
 
 
 @pytest.mark.parametrize("isolation", ["namespaces", "limits_only"])
@@ -215,21 +215,28 @@ def test_the_sandbox_comes_back_after_its_server_was_killed():
         assert sandbox.run([Program("print(4)")])[0].stdout == "4\n"
 
 
-def test_the_server_ends_when_its_harness_is_killed(tmp_path):
+@pytest.mark.parametrize("isolation", ["namespaces", "limits"])
+def test_all_ends_when_the_harness_is_killed(request, isolation):
+    if isolation == "namespaces":
+        request.getfixturevalue("namespaces")  # skips where there are none
     script = ("import sys\nfrom fathom.align.sandbox import *\ns = Sandbox(sys.argv[1])\ns.run([Program('')])\n"
               "print(s._server._process.pid, flush=True)\ns.run([Program('import time; time.sleep(1000)', '', Limits(wall_seconds=1000))])")
-    harness = subprocess.Popen([sys.executable, "-c", script, "limits"], stdout=subprocess.PIPE, text=True)
+    harness = subprocess.Popen([sys.executable, "-c", script, isolation], stdout=subprocess.PIPE, text=True)
     server = int(harness.stdout.readline())
+    inside = 2 if isolation == "namespaces" else 1  # the inner server, and the program
+    wait_for(lambda: len(descendants(server)) == inside)
+    processes = {server, *descendants(server)}
     harness.kill()
     harness.wait()
     harness.stdout.close()
+    wait_for(lambda: not any(alive(process) for process in processes))
 
-    def gone():
-        try:
-            return "Z" in Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-    wait_for(gone)
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 REFUSED = """

@@ -12,6 +12,7 @@ from fractions import Fraction
 from math import gcd, lcm
 
 LIMIT = 99  # of every value on the way, except in column sums and fractions
+EASY_LEVELS, EASY, HARD = 3, 9, 29  # up to which level only one-digit numbers are added and subtracted, and the largest
 SYMBOLS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 NAMES = "Tom Ann Ben Eva Max Mia Sam Zoe".split()
 THINGS = "apples books cards coins eggs pens stones stars".split()
@@ -66,10 +67,11 @@ def worked(question: str, steps: list[Step], answer: int) -> Problem:
     return Problem(question, high, f"{' '.join(map(parts, steps))} Check: {checked}.", str(answer))
 
 
-def random_steps(rng: random.Random, value: int, count: int) -> Iterator[Step]:
-    """A chain of steps from a value, every result from 0 to LIMIT."""
-    for _ in range(count):
-        choices = [(value, "+", rng.randint(2, 29)), (value, "-", rng.randint(2, 29)), (value, "*", rng.randint(2, 4))]
+def random_steps(rng: random.Random, value: int, level: int) -> Iterator[Step]:
+    """A chain of steps from a value, one more than the level, every result from 0 to LIMIT."""
+    largest = EASY if level <= EASY_LEVELS else HARD
+    for _ in range(level + 1):
+        choices = [(value, "+", rng.randint(2, largest)), (value, "-", rng.randint(2, largest)), (value, "*", rng.randint(2, 4))]
         step = rng.choice([step for step in choices if 0 <= result(step) <= LIMIT])
         yield step
         value = result(step)
@@ -77,7 +79,7 @@ def random_steps(rng: random.Random, value: int, count: int) -> Iterator[Step]:
 
 def chain(rng: random.Random, level: int) -> Problem:
     """ "Start with 12. Add 7. Take away 5. What is the result?": one step more than the level."""
-    steps = list(random_steps(rng, rng.randint(2, 30), level + 1))
+    steps = list(random_steps(rng, rng.randint(2, 30), level))
     words = {"+": "Add {}.", "-": "Take away {}.", "*": "Multiply by {}."}
     told = " ".join(words[symbol].format(b) for _, symbol, b in steps)
     return worked(f"Start with {steps[0][0]}. {told} What is the result?", steps, result(steps[-1]))
@@ -85,7 +87,7 @@ def chain(rng: random.Random, level: int) -> Problem:
 
 def expression(rng: random.Random, level: int) -> Problem:
     """ "What is (12 + 7) * 2 - 5?": brackets wherever the order of operations would say otherwise."""
-    steps = list(random_steps(rng, rng.randint(2, 30), level + 1))
+    steps = list(random_steps(rng, rng.randint(2, 30), level))
     text, is_sum = str(steps[0][0]), False
     for _, symbol, b in steps:
         text = f"({text}) {symbol} {b}" if symbol == "*" and is_sum else f"{text} {symbol} {b}"
@@ -99,7 +101,7 @@ def story(rng: random.Random, level: int) -> Problem:
     start, spare = rng.randint(2, 30), rng.randint(2, 30)
     words = {"+": ("finds {} more", "buys {} more", "gets {} more"), "-": ("gives away {}", "loses {}", "sells {}"),
              "*": ("then has {} times as many",)}
-    steps = list(random_steps(rng, start, level + 1))
+    steps = list(random_steps(rng, start, level))
     told = [f"{who} {rng.choice(words[symbol]).format(b)}." for _, symbol, b in steps]
     for _ in range(level - 1):
         told.insert(rng.randint(0, len(told)), f"{other} {rng.choice(words['+']).format(rng.randint(2, 9))}.")
