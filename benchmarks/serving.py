@@ -240,7 +240,7 @@ def measure_trace(model: str, turns: int = 50) -> dict:
     messages, hit, total = [{"role": "system", "content": prompt(0, 400)}, {"role": "user", "content": prompt(1)}], 0, 0
     with server(model, "--name", "m") as port:
         for turn in range(turns):
-            body = chat_body(turn, messages=messages, tools=tools, stream=False, max_tokens=24, thinking={"type": "enabled"})
+            body = chat_body(turn, messages=messages, tools=tools, stream=False, max_tokens=160, thinking={"type": "enabled"})
             status, _, _, answer = asyncio.run(ask(port, body))
             assert status == 200, answer
             usage = answer["usage"]

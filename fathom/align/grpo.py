@@ -125,8 +125,8 @@ def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, cons
     learner = Learner(recipe, model, tokenizer, environments_named(recipe.environments, known), reference)
     schedule = recipe.pace.schedule()
     optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
-    stage = Stage(batch=learner.rounds.batch, loss=learner.loss, rate=lambda step: schedule.rate_at(step) * learner.share**0.5, bias_speed=lambda step: 0.0, validate=None,
-                  quantised=lambda step: recipe.quantise)
+    stage = Stage(batch=learner.rounds.batch, loss=learner.loss, rate=lambda step: schedule.rate_at(step) * learner.share**0.5,
+                  bias_speed=lambda step: 0.0, validate=None, quantised=lambda step: recipe.quantise)
     run_stage(run, model, tokenizer, optimizer, stage, recipe.pace.steps, state.step if state else 0, recipe.loop, console)
     return run
 

@@ -4,7 +4,7 @@ Looks from outside, by hooks, and changes nothing; on the other steps it costs n
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,18 +33,21 @@ class Watch:
 
     @contextmanager
     def forward(self, done: int) -> Iterator[None]:
-        """Around a step's forward pass, not its backward pass, where blocks may be computed anew: the streams' RMS, largest value and gain, and the routers' entropy (1: uniform)."""
+        """Around a step's forward pass, not its backward pass, where blocks may be computed anew: the streams' RMS, largest value and
+        gain, and the routers' entropy (1: uniform).
+        """
         self._found = {"stream_rms": [], "stream_max": [], "stream_gain": [], "router_entropy": []}
-        handles = []
-        if self.due(done):
-            for block in [*self.model.blocks, *self.model.mtp]:
-                handles += [block.register_forward_hook(self._look_at_block),
-                            block.moe.router.register_forward_hook(self._look_at_router)]
+        blocks = [*self.model.blocks, *self.model.mtp] if self.due(done) else []
+        handles = [block.moe.router.register_forward_hook(self._look_at_router) for block in blocks]
+        for block in blocks:
+            block.forward = self._seen(block.forward)  # an MTP block calls it itself, past all hooks
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for block in blocks:
+                del block.forward
 
     def before_update(self, done: int) -> None:
         """Between the backward pass and clipping: the gradients' norms, and some numbers of every weight matrix."""
@@ -72,12 +75,17 @@ class Watch:
                 "layers": {name: [_short(value) for value in values] for name, values in self._found.items()}
                 | {"expert_load": [[_short(load) for load in (load_E / load_E.mean().clamp(min=1e-9)).tolist()] for load_E in loads]}}
 
-    def _look_at_block(self, block: Block, inputs: tuple, output: tuple) -> None:
-        before, after = inputs[0].detach().float(), output[0].detach().float()
-        rms = float(after.square().mean().sqrt())
-        self._found["stream_rms"].append(rms)
-        self._found["stream_max"].append(float(after.abs().max()))
-        self._found["stream_gain"].append(rms / max(float(before.square().mean().sqrt()), 1e-30))
+    def _seen(self, forward: Callable[..., tuple]) -> Callable[..., tuple]:
+        """A block's forward pass that also looks at the streams before and after it."""
+        def watched(X_BSNW: Tensor, *others: Any, **named: Any) -> tuple:
+            output = forward(X_BSNW, *others, **named)
+            before, after = X_BSNW.detach().float(), output[0].detach().float()
+            rms = float(after.square().mean().sqrt())
+            self._found["stream_rms"].append(rms)
+            self._found["stream_max"].append(float(after.abs().max()))
+            self._found["stream_gain"].append(rms / max(float(before.square().mean().sqrt()), 1e-30))
+            return output
+        return watched
 
     def _look_at_router(self, router: torch.nn.Module, inputs: tuple, output: tuple) -> None:
         share_BSE = output[0].detach().float()

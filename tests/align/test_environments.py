@@ -424,16 +424,15 @@ def test_demonstrations_are_written_as_fine_tuning_reads_them(domains, tmp_path,
     modes = [(row["thinking_mode"], row.get("reasoning_effort")) for row in rows]
     assert {mode: modes.count(mode) > 5 for mode in modes} == {("chat", None): True, ("thinking", "high"): True, ("thinking", "max"): True}
     recipe = Sft(run="r", base="b", schedule=Schedule(steps=1, batch_tokens=4096, warmup_steps=0), messages=path.name)
-    read = conversations(recipe, tmp_path, held_out=False)
+    read = conversations(recipe, tmp_path, False, {})
     assert [messages for messages, _, _ in read] == [row["messages"] for row in rows]
     assert [(mode, effort) for _, mode, effort in read] == modes
     for messages, mode, effort in read[:10]:
         learned = examples(messages, mode, tokenizer, effort)
-        assert len(learned) == sum(message["role"] == "assistant" for message in messages)
-        ids, is_target = learned[-1]
-        text = tokenizer.decode([id for id, target in zip(ids, is_target, strict=True) if target])
-        last = messages[-1]
-        assert text == (f"{last['reasoning_content']}</think>" if mode == "thinking" else "") + last["content"] + EOS
+        targets = [tokenizer.decode([id for id, target in zip(*example, strict=True) if target]) for example in learned]
+        assert "".join(targets).count(EOS) == sum(message["role"] == "assistant" for message in messages)
+        ids, last = learned[-1][0], messages[-1]
+        assert targets[-1].endswith((f"{last['reasoning_content']}</think>" if mode == "thinking" else "") + last["content"] + EOS)
         assert ("Absolute maximum" in tokenizer.decode(ids)) == (effort == "max")
 
 

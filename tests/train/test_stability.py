@@ -189,8 +189,8 @@ def poisoned(run, tokenizer, monkeypatch, spoil):
             kept["before"] = copy.deepcopy(model.state_dict())
         return step_of_the_loop(model, optimizer, *arguments)
 
-    step_of_the_loop = loop._step
-    monkeypatch.setattr(loop, "_step", go)
+    step_of_the_loop = loop.take_step
+    monkeypatch.setattr(loop, "take_step", go)
     with pytest.raises(Diverged) as error:
         training.go()
     for name, tensor in kept["model"].state_dict().items():
