@@ -85,6 +85,13 @@ def lower(numbers: Numbers, claimed: str, other: str, metric: str = "bits") -> V
                             f"{mean(numbers, other, metric):.4f} with {other} (noise {margin:.4f})")
 
 
+def harmless(numbers: Numbers, claimed: str, other: str) -> Verdict:
+    """Whether bits per byte with `claimed` are at most half a percent and the noise above those with `other`."""
+    margin = noise(numbers, (claimed, other)) + 0.005 * mean(numbers, other)
+    cost = mean(numbers, claimed) - mean(numbers, other)
+    return Verdict("reproduced" if cost <= margin else "not", f"bits {mean(numbers, claimed):.4f} with {claimed}, {mean(numbers, other):.4f} with {other}")
+
+
 def worst(*verdicts: Verdict) -> Verdict:
     """All verdicts as one: reproduced where all are, not where none is, else partly."""
     outcomes = {verdict.outcome for verdict in verdicts}

@@ -6,6 +6,7 @@ from fathom.lab.experiments import (
     balance,
     compression,
     early_layers,
+    fim,
     indexer,
     mtp,
     muon,
@@ -14,7 +15,9 @@ from fathom.lab.experiments import (
     sample_masks,
     scoring,
     streams,
+    token_splitting,
 )
 
 EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (
-    muon, attention, streams, compression, overlap, indexer, early_layers, scoring, balance, qat, mtp, sample_masks)}
+    muon, attention, streams, compression, overlap, indexer, early_layers, scoring, balance, qat, mtp, fim, sample_masks,
+    token_splitting)}

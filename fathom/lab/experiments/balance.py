@@ -1,15 +1,12 @@
 """Balancing routers: the moved bias and the sequence loss, each, both and none (report 2.1, 4.2.2)."""
 
-from fathom.lab.experiment import Experiment, Numbers, Variant, Verdict, lower, mean, noise, worst
+from fathom.lab.experiment import Experiment, Numbers, Variant, Verdict, harmless, lower, worst
 
 OFF = {"bias": "schedule.bias_speed=0", "loss": "losses.balance=0"}
 
 
 def _judge(numbers: Numbers) -> Verdict:
-    margin = noise(numbers, ("both", "none")) + 0.005 * mean(numbers, "none")
-    cost = mean(numbers, "both") - mean(numbers, "none")
-    harmless = Verdict("reproduced" if cost <= margin else "not", f"bits {mean(numbers, 'both'):.4f} with both, {mean(numbers, 'none'):.4f} with none")
-    return worst(lower(numbers, "both", "none", "fullest_expert"), harmless)
+    return worst(lower(numbers, "both", "none", "fullest_expert"), harmless(numbers, "both", "none"))
 
 
 EXPERIMENT = Experiment(
