@@ -234,23 +234,24 @@ def measure_prefix(model: str) -> dict:
 
 
 def measure_trace(model: str, turns: int = 50) -> dict:
-    """An agent that thinks and calls a tool each turn; its history goes back whole, as the API returned it."""
-    paths = [f"notes/{word}.txt" for word in ("morning", "village", "sister", "evening")]
-    tools = [{"type": "function", "function": {"name": "read_file", "description": "Read a file.", "strict": True, "parameters": {
-        "type": "object", "properties": {"path": {"type": "string", "enum": paths}}, "required": ["path"], "additionalProperties": False}}}]
-    messages, hit, total, written = [{"role": "system", "content": prompt(0, 400)}, {"role": "user", "content": prompt(1)}], 0, 0, 0
+    """An agent that calls a tool each turn; its history goes back whole, reasoning included."""
+    tools = [{"type": "function", "function": {"name": "read_file", "description": "Read a file.", "parameters": {
+        "type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}}}]
+    messages, hit, total = [{"role": "system", "content": prompt(0, 400)}, {"role": "user", "content": prompt(1)}], 0, 0
     with server(model, "--name", "m") as port:
         for turn in range(turns):
-            body = chat_body(turn, messages=messages, tools=tools, tool_choice="required", stream=False, max_tokens=600, ignore_eos=False,
-                             thinking={"type": "enabled"})
+            body = chat_body(turn, messages=messages, tools=tools, stream=False, max_tokens=160, thinking={"type": "enabled"})
             status, _, _, answer = asyncio.run(ask(port, body))
             assert status == 200, answer
-            usage, message = answer["usage"], answer["choices"][0]["message"]
-            hit, total, written = hit + usage["prompt_cache_hit_tokens"], total + usage["prompt_tokens"], written + usage["completion_tokens"]
-            assert message.get("tool_calls"), message
-            messages += [message, *({"role": "tool", "tool_call_id": call["id"], "content": prompt(100 + turn, 12)} for call in message["tool_calls"])]
-    figures = {"turns": turns, "prompt_tokens": total, "hit_tokens": hit, "written_tokens": written, "share": hit / total}
-    print(f"\n{turns} turns with tools, {written / turns:.0f} tokens written a turn: {hit:,} of {total:,} prompt tokens hit, {hit / total:.1%}")
+            usage = answer["usage"]
+            hit, total = hit + usage["prompt_cache_hit_tokens"], total + usage["prompt_tokens"]
+            call = {"id": f"call_{turn}", "type": "function", "function": {"name": "read_file", "arguments": json.dumps({"path": f"f{turn}"})}}
+            messages += [{"role": "assistant", "content": answer["choices"][0]["message"]["content"] or "",
+                          "reasoning_content": answer["choices"][0]["message"].get("reasoning_content") or "", "tool_calls": [call]},
+                         {"role": "tool", "tool_call_id": f"call_{turn}", "content": prompt(100 + turn, 12)}]
+    possible = 1 - usage["prompt_tokens"] / total  # every token of the last prompt was new once
+    figures = {"turns": turns, "prompt_tokens": total, "hit_tokens": hit, "share": hit / total, "possible_share": possible}
+    print(f"\n{turns} turns with tools: {hit:,} of {total:,} prompt tokens hit, {hit / total:.1%}; {possible:.1%} could be, for the rest was new")
     return figures
 
 
