@@ -116,7 +116,7 @@ def test_nothing_of_the_hosts_files_is_there(namespaces, tmp_path):
     links = ["os.symlink('/etc/passwd', '/tmp/link') or open('/tmp/link').read()",
              f"os.symlink('{secret}', '/tmp/link2') or open('/tmp/link2').read()",
              "os.symlink('../../../../etc', '/tmp/up') or os.listdir('/tmp/up')", "os.link('/etc/passwd', '/tmp/hard')",
-             "os.symlink('/', '/tmp/root') or open('/tmp/root/etc/shadow').read()"]
+             "os.symlink('/', 'root') or open('root/etc/shadow').read()"]
     reads = [f"open({str(path)!r}).read()" for path in (secret, "/etc/passwd", "/etc/shadow", "/proc/1/environ", "/proc/self/mem",
                                                         "/dev/sda", "/sys/kernel", Path(__file__), "../../etc/passwd")]
     result = run(namespaces, attempt(*reads, *links) + "print(sorted(set(os.listdir('/')) & {'etc', 'home', 'proc', 'usr', 'dev'}))")
