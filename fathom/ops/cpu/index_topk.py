@@ -26,48 +26,53 @@ _MANY = 64  # how many times k entries there must be for it
 def index_topk_cpu(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, first_BS: Tensor, count_BS: Tensor,
                    k: int) -> Tensor:
     """`index_topk` for float32 and bfloat16, a block of queries at a time."""
-    B, S, H, D = q_BSHD.shape
-    k = min(k, keys_BMD.shape[1])
-    selected_BSK = first_BS.new_empty(B, S, k)
+    (B, S, H, D), M = q_BSHD.shape, keys_BMD.shape[1]
+    k = min(k, M)
+    rank_K = torch.arange(k, device=first_BS.device)
+    selected_BSK = (first_BS[..., None] + rank_K).masked_fill(rank_K >= count_BS[..., None], -1)  # right where no more than k are visible
     weight_BS1H = (wide(weight_BSH) * (D * H) ** -0.5)[:, :, None]
-    size = max(_MIN_BLOCK, min(_MAX_BLOCK, _BLOCK_SCORES // max(1, keys_BMD.shape[1])))
-    for b in range(B):
+    size = max(_MIN_BLOCK, min(_MAX_BLOCK, _BLOCK_SCORES // max(1, M)))
+    rows = [b for b, most in enumerate(count_BS.amax(1).tolist()) if most > k] if S else []
+    together = max(1, size // S) if S else 1  # rows
+    for at in range(0, len(rows), together):
+        row_R = torch.tensor(rows[at:at + together])
         for begin in range(0, S, size):
             block = slice(begin, begin + size)
-            selected_BSK[b, block] = _select(q_BSHD[b, block], weight_BS1H[b, block], keys_BMD[b], first_BS[b, block],
-                                             count_BS[b, block], k)
+            first_RC, count_RC = first_BS[row_R, block], count_BS[row_R, block]
+            if int(count_RC.max()) <= k:
+                continue
+            parts = [(q_BSHD[b, block], weight_BS1H[b, block], keys_BMD[b]) for b in rows[at:at + together]]
+            best_RCK = _select(parts, first_RC, count_RC, k)
+            selected_BSK[row_R, block] = best_RCK.where((count_RC > k)[..., None], selected_BSK[row_R, block])
     return selected_BSK
 
 
-def _select(q_CHD: Tensor, weight_C1H: Tensor, keys_MD: Tensor, first_C: Tensor, count_C: Tensor, k: int) -> Tensor:
-    """Slots [C, k] for one row's C queries."""
-    rank_K = torch.arange(k, device=first_C.device)
-    every_CK = (first_C[:, None] + rank_K).masked_fill(rank_K >= count_C[:, None], -1)  # right where no more than k are visible
-    if int(count_C.max()) <= k:
-        return every_CK
-    end_C = first_C + count_C
-    low = int(first_C.min()) // _ROUND * _ROUND
-    high = min(len(keys_MD), -(-int(end_C.max()) // _ROUND) * _ROUND)
-    score_CM = _scores(q_CHD, weight_C1H, keys_MD[low:high])
-    _hide(score_CM, first_C - low, end_C - low)
-    slot_CK, tied_C = (_many_best if score_CM.shape[1] >= _MANY * k else _best)(score_CM, k)
-    tied_c = tied_C.logical_and_(count_C > k).nonzero()[:, 0]
-    if len(tied_c):
-        slot_CK[tied_c] = _earlier_of_equals(score_CM[tied_c], score_CM.gather(1, slot_CK)[tied_c].amin(1, keepdim=True), k)
-    slot_CK.numpy().sort(axis=1)  # with AVX-512 where there is: a fifth of the time of torch's sort, which wants the places too
-    return (slot_CK + low).where((count_C > k)[:, None], every_CK)
+def _select(parts: list[tuple[Tensor, Tensor, Tensor]], first_RC: Tensor, count_RC: Tensor, k: int) -> Tensor:
+    """Slots [R, C, k] of R rows' C queries, each part a row's queries [C, H, D], weights [C, 1, H] and keys [M, D]; right where count > k."""
+    end_RC, M = first_RC + count_RC, len(parts[0][2])
+    bounds = zip(first_RC.amin(1).tolist(), end_RC.amax(1).tolist(), strict=True)
+    ranges = [(first // _ROUND * _ROUND, min(M, -(-end // _ROUND) * _ROUND)) for first, end in bounds]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    score_RCM = torch.empty(*first_RC.shape, -(-(high - low) // _GROUP) * _GROUP)
+    for score_CM, (q_CHD, weight_C1H, keys_MD), (begin, end) in zip(score_RCM, parts, ranges, strict=True):
+        _score(q_CHD, weight_C1H, keys_MD[begin:end], score_CM[:, begin - low:end - low])
+    score_QM, first_Q, end_Q = score_RCM.flatten(0, 1), first_RC.flatten() - low, end_RC.flatten() - low
+    _hide(score_QM, first_Q, end_Q)
+    slot_QK, tied_Q = (_many_best if score_QM.shape[1] >= _MANY * k else _best)(score_QM, k)
+    tied_q = tied_Q.logical_and_(count_RC.flatten() > k).nonzero()[:, 0]
+    if len(tied_q):
+        slot_QK[tied_q] = _earlier_of_equals(score_QM[tied_q], score_QM.gather(1, slot_QK)[tied_q].amin(1, keepdim=True), k)
+    slot_QK.numpy().sort(axis=1)  # with AVX-512 where there is: a fifth of the time of torch's sort, which wants the places too
+    return (slot_QK + low).view(*first_RC.shape, k)
 
 
-def _scores(q_CHD: Tensor, weight_C1H: Tensor, keys_MD: Tensor) -> Tensor:
-    """Scores [C, G * _GROUP] of M entries, -inf behind them."""
+def _score(q_CHD: Tensor, weight_C1H: Tensor, keys_MD: Tensor, score_CM: Tensor) -> None:
+    """Write the scores of M entries."""
     (C, H, _), M = q_CHD.shape, len(keys_MD)
-    score_CM = torch.empty(C, -(-M // _GROUP) * _GROUP)
-    score_CM[:, M:] = float("-inf")
-    q_RD, size = q_CHD.flatten(0, 1), max(_ROUND, _TILE_PRODUCTS // (C * H) // _ROUND * _ROUND)
+    q_PD, size = q_CHD.flatten(0, 1), max(_ROUND, _TILE_PRODUCTS // (C * H) // _ROUND * _ROUND)
     for begin in range(0, M, size):
-        product_CHm = wide(times_relu(q_RD, keys_MD[begin:begin + size])).unflatten(0, (C, H))
-        score_CM[:, begin:begin + size][:, :product_CHm.shape[2]] = torch.bmm(weight_C1H, product_CHm)[:, 0]
-    return score_CM
+        product_CHm = wide(times_relu(q_PD, keys_MD[begin:begin + size])).unflatten(0, (C, H))
+        score_CM[:, begin:begin + size] = torch.bmm(weight_C1H, product_CHm)[:, 0]
 
 
 def _hide(score_CM: Tensor, first_C: Tensor, end_C: Tensor) -> None:
