@@ -262,15 +262,17 @@ def measure_trace(model: str, turns: int = 50) -> dict:
 
 async def _fill_and_knock(port: int, wanted: int) -> list[float]:
     """Seconds until each of so many requests was refused, while one runs and all places to wait are taken."""
-    busy = [asyncio.ensure_future(ask(port, chat_body(index, max_tokens=3000))) for index in range(12)]
+    busy: list[asyncio.Task] = []
+    while not any(each.done() for each in busy):  # the first that is done found no place
+        busy.append(asyncio.ensure_future(ask(port, chat_body(len(busy), max_tokens=7000))))
+        await asyncio.sleep(0.5)  # time for the first to leave the queue
     refused = []
-    while sum(each.done() for each in busy) < 3:  # those for which there is no place
-        await asyncio.sleep(0.02)
-    while len(refused) < wanted and not all(each.done() for each in busy):
+    while len(refused) < wanted:
         began = time.monotonic()
-        status, *_ = await ask(port, chat_body(99, stream=False, max_tokens=1))
-        if status == 429:
-            refused.append(time.monotonic() - began)
+        status, *_ = await asyncio.wait_for(ask(port, chat_body(99, stream=False, max_tokens=1)), 60)
+        if status != 429:
+            raise SystemExit(f"the queue was full, but a request was answered with {status}")
+        refused.append(time.monotonic() - began)
         await asyncio.sleep(0.02)
     for each in busy:
         each.cancel()
