@@ -1,9 +1,8 @@
-"""What serving costs: many streams at once against one and against the engine without HTTP, repeated prompts, a long agent's trace, a full queue.
+"""What serving costs: many streams at once against one and against the engine without HTTP, repeated prompts, a full queue.
 
     python benchmarks/serving.py model runs/random-tiny     makes a model of the preset tiny with random weights, if there is no trained one
-    python benchmarks/serving.py streams runs/tiny-chat     about 6 minutes: 64 streams for 2 minutes, one stream, the bare engine
+    python benchmarks/serving.py streams runs/tiny-chat     about 7 minutes: 64 streams for 2 minutes, one stream, the bare engine
     python benchmarks/serving.py prefix runs/tiny-chat      time to first token of 13K- and 32K-token prompts, cold and again
-    python benchmarks/serving.py trace runs/tiny-chat       50 turns with tools: the share of prompt tokens that hit
     python benchmarks/serving.py queue runs/tiny-chat       how soon a request is refused while the queue is full
 
 Each prints a Markdown table and keeps its figures in benchmarks/results/serving.json, with the machine and its load. The server runs in
@@ -40,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 WORDS = ("the morning was fine and Emma walked to the village with her sister while the rain held off until the evening came and "
          "every window of the house was lit").split()
-STREAMS, SECONDS, ANSWER = 64, 120, 200
+STREAMS, SECONDS, ANSWER, ROUNDS = 64, 120, 200, 3
 TEXT = re.compile(rb'content": ?"[^"]|arguments": ?"[^"]')
 
 
@@ -185,16 +184,18 @@ def bare(model: str, streams: int, seconds: float, threads: int) -> float:
 def measure_streams(model: str, seconds: float = SECONDS) -> dict:
     cores = torch.get_num_threads()
     threads = max(1, cores - 1)  # as many as `fathom serve` gives the engine
-    before = bare(model, STREAMS, seconds / 4, threads), bare(model, STREAMS, seconds / 4, cores)
+    rounds = []
     with server(model, "--name", "m") as port:
         asyncio.run(many_streams(port, 2, 3))
         one = asyncio.run(many_streams(port, 1, 20))
         many = asyncio.run(many_streams(port, STREAMS, seconds))
-    after = bare(model, STREAMS, seconds / 4, threads), bare(model, STREAMS, seconds / 4, cores)
-    some, all_cores = ([before[place], after[place]] for place in (0, 1))
-    engine = max(sum(some), sum(all_cores)) / 2  # the better of the two
-    figures = {"one": one, "many": many, "bare_threads": [threads, cores], "bare_tokens_per_second": [some, all_cores],
-               "against_one_stream": many["tokens_per_second"] / one["tokens_per_second"], "overhead": 1 - many["tokens_per_second"] / engine}
+        for _ in range(ROUNDS):  # in turns, for the machine's speed changes within minutes
+            served = asyncio.run(many_streams(port, STREAMS, seconds / 6))
+            rounds.append([served["tokens_per_second"], *(bare(model, STREAMS, seconds / 6, count) for count in (threads, cores))])
+    served, some, every = (statistics.median(column) for column in zip(*rounds, strict=True))
+    figures = {"one": one, "many": many, "threads": [threads, cores], "rounds_served_and_bare": rounds,
+               "against_one_stream": many["tokens_per_second"] / one["tokens_per_second"],
+               "overhead_same_threads": 1 - served / some, "overhead": 1 - served / max(some, every)}
     print(f"""
 | | tokens/s | |
 | --- | --- | --- |
@@ -202,8 +203,8 @@ def measure_streams(model: str, seconds: float = SECONDS) -> dict:
 | {STREAMS} streams, {many['seconds']:.0f} s | {many['tokens_per_second']:.0f} | {figures['against_one_stream']:.1f} times one; {many['requests']} answers, \
 {many['failures']} failures; slowest stream {many['slowest_to_fastest_stream']:.0%} of the fastest; first token {many['first_token_median'] * 1000:.0f} ms \
 (median), {many['first_token_p99'] * 1000:.0f} ms (99%) |
-| the engine alone, the same load | {some[0]:.0f}, {some[1]:.0f} with {threads} threads; {all_cores[0]:.0f}, {all_cores[1]:.0f} with {cores} | \
-HTTP costs {figures['overhead']:.1%} of the better |""")
+| {STREAMS} streams, medians of {ROUNDS} rounds of {seconds / 6:.0f} s in turns | {served:.0f} | the engine alone: {some:.0f} with {threads} threads, \
+{every:.0f} with {cores}; HTTP costs {figures['overhead_same_threads']:.1%} at the same threads, {figures['overhead']:.1%} of the better |""")
     return figures
 
 
@@ -235,28 +236,6 @@ def measure_prefix(model: str) -> dict:
     for each in figures.values():
         print(f"| {each['tokens']:,} tokens | {each['cold']:.2f} s | {each['again'] * 1000:.0f} ms (1/{1 / each['again_share']:.0f}) | "
               f"{each['other_question'] * 1000:.0f} ms ({each['other_share']:.1%}; {each['other_hit_tokens']:,} tokens hit) |")
-    return figures
-
-
-def measure_trace(model: str, turns: int = 50) -> dict:
-    """An agent that calls a tool each turn; its history goes back whole, reasoning included."""
-    tools = [{"type": "function", "function": {"name": "read_file", "description": "Read a file.", "parameters": {
-        "type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}}}]
-    messages, hit, total = [{"role": "system", "content": prompt(0, 400)}, {"role": "user", "content": prompt(1)}], 0, 0
-    with server(model, "--name", "m") as port:
-        for turn in range(turns):
-            body = chat_body(turn, messages=messages, tools=tools, stream=False, max_tokens=160, thinking={"type": "enabled"})
-            status, _, _, answer = asyncio.run(ask(port, body))
-            assert status == 200, answer
-            usage = answer["usage"]
-            hit, total = hit + usage["prompt_cache_hit_tokens"], total + usage["prompt_tokens"]
-            call = {"id": f"call_{turn}", "type": "function", "function": {"name": "read_file", "arguments": json.dumps({"path": f"f{turn}"})}}
-            messages += [{"role": "assistant", "content": answer["choices"][0]["message"]["content"] or "",
-                          "reasoning_content": answer["choices"][0]["message"].get("reasoning_content") or "", "tool_calls": [call]},
-                         {"role": "tool", "tool_call_id": f"call_{turn}", "content": prompt(100 + turn, 12)}]
-    possible = 1 - usage["prompt_tokens"] / total  # every token of the last prompt was new once
-    figures = {"turns": turns, "prompt_tokens": total, "hit_tokens": hit, "share": hit / total, "possible_share": possible}
-    print(f"\n{turns} turns with tools: {hit:,} of {total:,} prompt tokens hit, {hit / total:.1%}; {possible:.1%} could be, for the rest was new")
     return figures
 
 
@@ -306,7 +285,7 @@ def machine() -> dict:
 
 def main() -> None:
     """Measure, print, keep."""
-    commands = {"streams": measure_streams, "prefix": measure_prefix, "trace": measure_trace, "queue": measure_queue}
+    commands = {"streams": measure_streams, "prefix": measure_prefix, "queue": measure_queue}
     if len(sys.argv) != 3 or sys.argv[1] not in (*commands, "model"):
         raise SystemExit(__doc__)
     if sys.argv[1] == "model":
