@@ -5,6 +5,7 @@ Folders appear whole, carry checksums, and resuming from one continues bit for b
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,8 +78,10 @@ def step_of(folder: Path) -> int:
 
 def prune_checkpoints(run: Path, keep: int, every: int = 1) -> None:
     """Delete all but the newest checkpoint and the newest `keep` regular ones, whose step is a multiple of `every`: an interruption
-    saves one between them, and must not cost a run what it may roll back to.
+    saves one between them, and must not cost a run what it may roll back to. What kills left unfinished goes too.
     """
+    for unfinished in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     checkpoints = list_checkpoints(run)
     regular = [folder for folder in checkpoints if step_of(folder) % every == 0]
     for folder in checkpoints[:-1]:

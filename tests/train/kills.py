@@ -110,6 +110,7 @@ def main() -> None:
         shutil.rmtree(run, ignore_errors=True)
         codes = end(start(recipe, False))
     assert codes == [0] * RANKS, codes
+    assert not partial(run), "what was left unfinished is still there"
     print(f"{kills} kills, {writing} while a checkpoint was written", flush=True)
 
 
