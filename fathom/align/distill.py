@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fathom.align.curriculum import choose_tasks
 from fathom.align.environments.base import Environment
-from fathom.align.grpo import Pace, play_measured, recipe_fingerprint, reward_metrics
+from fathom.align.grpo import Pace, recipe_fingerprint, reward_metrics
 from fathom.align.losses import reverse_kl
-from fathom.align.rollout import Draw, environments_named, new_rollouts
+from fathom.align.rollout import Draw, Play, environments_named, new_rollouts, play_here
 from fathom.align.rollout_log import RolloutLog
 from fathom.align.round import Rounds, hidden_of_targets
 from fathom.align.sample import Mode, Rollout, Sample, SampleBatch, join_batches, pack_samples
@@ -85,8 +85,8 @@ class Distill:
             raise RecipeError(f"prompts is {self.prompts}, row_tokens {self.row_tokens} and modes has {len(self.modes)}; allowed: at least 1")
 
 
-def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, console: Console) -> Path:
-    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
+def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, console: Console, play: Play = play_here) -> Path:
+    """Run a recipe to its end (or continue it) and return the run's folder; `play` plays the student's rollouts. Raises Stopped after Ctrl-C."""
     run, state = Path(recipe.run), None
     if resume:
         recipe = resumed_recipe(run, recipe)
@@ -102,7 +102,7 @@ def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, con
         if Tokenizer.load(find_model(teacher.run)).fingerprint != tokenizer.fingerprint:
             raise RecipeError(f"{teacher.run} has another tokenizer than {recipe.base}; teachers and student must share theirs")
     environments = environments_named([name for teacher in recipe.teachers for name in teacher.environments], known)
-    pupil, schedule = Pupil(recipe, model, tokenizer, environments), recipe.pace.schedule()
+    pupil, schedule = Pupil(recipe, model, tokenizer, environments, play), recipe.pace.schedule()
     optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
     stage = Stage(batch=pupil.rounds.batch, loss=pupil.loss, rate=schedule.rate_at, bias_speed=lambda step: 0.0, validate=None,
                   quantised=lambda step: recipe.quantise)
@@ -113,8 +113,9 @@ def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, con
 class Pupil:
     """Makes the rounds of a distillation, and the loss of their batches."""
 
-    def __init__(self, recipe: Distill, model: Transformer, tokenizer: Tokenizer, environments: dict[str, Environment]):
-        self.recipe, self.model, self.tokenizer, self.environments = recipe, model, tokenizer, environments
+    def __init__(self, recipe: Distill, model: Transformer, tokenizer: Tokenizer, environments: dict[str, Environment],
+                 play: Play = play_here):
+        self.recipe, self.model, self.tokenizer, self.environments, self.play = recipe, model, tokenizer, environments, play
         self.known = min(tokenizer.vocab_size, model.config.vocab_size)
         self.teacher_of = {name: number for number, teacher in enumerate(recipe.teachers) for name in teacher.environments}
         self.rounds = Rounds(Path(recipe.run), model, recipe.pace.updates, {"recipe": recipe_fingerprint(recipe)}, self.make_round)
@@ -165,14 +166,14 @@ class Pupil:
         seed = int.from_bytes(hashlib.sha256(f"{recipe.seed}/{number}".encode()).digest()[:7], "big")
         if recipe.samples == "student":
             with released_numbers(self.model) if recipe.quantise else nullcontext():
-                return play_measured(self.model, self.tokenizer, rollouts, self.environments, recipe.draw, seed, log)
+                return self.play(self.model, self.tokenizer, rollouts, self.environments, recipe.draw, seed, log)
         metrics = {}
         for teacher, settings in enumerate(recipe.teachers):
             own = [rollout for rollout in rollouts if self.teacher_of[rollout.task.domain] == teacher]
             if own:
                 model = load_model(find_model(settings.run))
                 own_log = RolloutLog(log.path.with_suffix(f".teacher-{teacher}.log"), log.head)
-                metrics = play_measured(model, self.tokenizer, own, self.environments, recipe.draw, seed, own_log)
+                metrics = play_here(model, self.tokenizer, own, self.environments, recipe.draw, seed, own_log)
                 own_log.seal()
         return metrics
 

@@ -5,7 +5,6 @@ are the loop's, with all it guarantees.
 """
 
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from fathom.align.curriculum import choose_tasks
 from fathom.align.environments.base import Environment
 from fathom.align.judge import judge_rollouts, judging_seed
 from fathom.align.losses import Policy, advantages, policy_loss, token_log_probabilities
-from fathom.align.rollout import Draw, environments_named, new_engine, new_rollouts, play
+from fathom.align.rollout import Draw, Play, environments_named, new_rollouts, play_here
 from fathom.align.rollout_log import RolloutLog
 from fathom.align.round import Rounds, hidden_of_targets, kept_in, observe_policy
 from fathom.align.routing import replayed_routing
@@ -108,8 +107,8 @@ class Grpo:
                               f"draw.temperature {self.draw.temperature}; allowed: from 0, from 0, at least 1, above 0")
 
 
-def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, console: Console) -> Path:
-    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
+def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, console: Console, play: Play = play_here) -> Path:
+    """Run a recipe to its end (or continue it) and return the run's folder; `play` plays its rollouts. Raises Stopped after Ctrl-C."""
     run, state = Path(recipe.run), None
     if resume:
         recipe = resumed_recipe(run, recipe)
@@ -122,7 +121,7 @@ def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, cons
         (run / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(run / "tokenizer")
     reference = load_model(find_model(recipe.base)) if recipe.policy.kl else None
-    learner = Learner(recipe, model, tokenizer, environments_named(recipe.environments, known), reference)
+    learner = Learner(recipe, model, tokenizer, environments_named(recipe.environments, known), reference, play)
     schedule = recipe.pace.schedule()
     optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
     stage = Stage(batch=learner.rounds.batch, loss=learner.loss, rate=lambda step: schedule.rate_at(step) * learner.share**0.5,
@@ -139,8 +138,9 @@ class Learner:
     """
 
     def __init__(self, recipe: Grpo, model: Transformer, tokenizer: Tokenizer, environments: dict[str, Environment],
-                 reference: Transformer | None):
+                 reference: Transformer | None, play: Play = play_here):
         self.recipe, self.model, self.tokenizer, self.environments, self.reference = recipe, model, tokenizer, environments, reference
+        self.play = play
         self.known = min(tokenizer.vocab_size, model.config.vocab_size)
         self.share = 0.0
         self.rounds = Rounds(Path(recipe.run), model, recipe.pace.updates, {"recipe": recipe_fingerprint(recipe)}, self.make_round)
@@ -151,7 +151,7 @@ class Learner:
         tasks = choose_tasks(self.environments, recipe.levels, recipe.modes, recipe.prompts, recipe.seed, number)
         rollouts = new_rollouts(tasks, recipe.group, self.tokenizer)
         with released_numbers(model) if recipe.quantise else nullcontext():
-            metrics = play_measured(model, self.tokenizer, rollouts, self.environments, recipe.draw, _round_seed(recipe.seed, number), log)
+            metrics = self.play(model, self.tokenizer, rollouts, self.environments, recipe.draw, _round_seed(recipe.seed, number), log)
             metrics |= judge_rollouts(model, self.tokenizer, rollouts, self.environments, recipe.judging, recipe.votes, recipe.draw,
                                       judging_seed(recipe.seed, number))
             parts, skipped = samples_of(rollouts, recipe)
@@ -185,20 +185,6 @@ class Learner:
     def _reference_logs(self, batch: SampleBatch) -> torch.Tensor:
         return token_log_probabilities(hidden_of_targets(self.reference, batch), self.reference.head.weight[:self.known],
                                        batch.targets_BS[batch.learned_BS], self.recipe.draw.temperature, kept_in(batch))[0]
-
-
-def play_measured(model: Transformer, tokenizer: Tokenizer, rollouts: Sequence[Rollout], environments: Mapping[str, Environment],
-                  draw: Draw, seed: int, log: RolloutLog | None) -> dict[str, float]:
-    """Play rollouts with the model as it is; how long the engine took to take the weights over, and how fast it sampled."""
-    training, began = model.training, time.monotonic()
-    engine = new_engine(model, tokenizer, draw, len(rollouts))
-    synchronised = time.monotonic()
-    play(engine, rollouts, environments, draw, seed, log)
-    seconds = time.monotonic() - synchronised
-    engine.close()
-    model.train(training)
-    return {"sync_seconds": synchronised - began, "sample_seconds": seconds,
-            "sampled_tokens_per_second": engine.stats().generated_tokens / max(seconds, 1e-9)}
 
 
 def samples_of(rollouts: Sequence[Rollout], recipe: Grpo) -> tuple[list[list[Sample]], int]:

@@ -6,7 +6,8 @@ starting afresh would favour short answers (report 5.2.3).
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from fathom.errors import InputError, RecipeError
 from fathom.model.transformer import Transformer
 from fathom.text.chat_stream import read_answer
 from fathom.text.tokenizer import THINK_END, Tokenizer
+
+# Plays the rollouts of a round with the model as it is, and says how long that took: play_here, or one that has others do it.
+Play = Callable[[Transformer, Tokenizer, Sequence[Rollout], Mapping[str, Environment], "Draw", int, RolloutLog | None], dict[str, float]]
 
 SCORERS = 2  # threads: code is tried in processes of its own
 
@@ -66,6 +70,20 @@ def play(engine: Engine, rollouts: Sequence[Rollout], environments: Mapping[str,
     player = Player(engine, rollouts, environments, draw, seed, log)
     player.replay()
     player.run()
+
+
+def play_here(model: Transformer, tokenizer: Tokenizer, rollouts: Sequence[Rollout], environments: Mapping[str, Environment], draw: Draw,
+              seed: int, log: RolloutLog | None) -> dict[str, float]:
+    """Play rollouts in this process with the model as it is; how long the engine took to take the weights over, and how fast it sampled."""
+    training, began = model.training, time.monotonic()
+    engine = new_engine(model, tokenizer, draw, len(rollouts))
+    synchronised = time.monotonic()
+    play(engine, rollouts, environments, draw, seed, log)
+    seconds = time.monotonic() - synchronised
+    engine.close()
+    model.train(training)
+    return {"sync_seconds": synchronised - began, "sample_seconds": seconds,
+            "sampled_tokens_per_second": engine.stats().generated_tokens / max(seconds, 1e-9)}
 
 
 class Player:

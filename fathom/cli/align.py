@@ -1,5 +1,7 @@
 """Post-training: `fathom sft`, `grpo`, `distill`, `average`, `score`, `pipeline`."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -8,6 +10,27 @@ import typer
 from fathom.cli.options import RecipeArgument, ResumeOption, SetOption
 
 align = typer.Typer(rich_markup_mode=None)
+WorkersOption = Annotated[Optional[int], typer.Option("--workers", help="Ray actors that sample the rollouts (extra: ray); default: this process.")]
+
+
+@contextmanager
+def _player(workers: Optional[int]) -> Iterator[Callable]:
+    """What plays rollouts: this process, or Ray actors until the end of the block."""
+    from fathom.align.rollout import play_here
+    from fathom.errors import InputError
+
+    if workers is None:
+        yield play_here
+        return
+    try:
+        from fathom.align.ray_rollout import RayPlay
+    except ModuleNotFoundError as error:
+        raise InputError(f"--workers needs {error.name}; install it with: pip install 'fathom[ray]'") from None
+    player = RayPlay(workers)
+    try:
+        yield player
+    finally:
+        player.close()
 
 
 @align.command(epilog="Example:  fathom sft recipes/tiny-chat.toml --set base=runs/first")
@@ -25,7 +48,7 @@ def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = F
 
 
 @align.command(epilog="Example:  fathom grpo recipes/pipeline/grpo.toml --set base=runs/tiny-chat --set run=runs/tiny-math")
-def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
+def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, workers: WorkersOption = None) -> None:
     """Reinforce a model on tasks whose answers a program checks. Ctrl-C saves and stops; --resume continues, even inside a round."""
     from rich.console import Console
 
@@ -34,12 +57,13 @@ def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = 
     from fathom.recipe import load
 
     console = Console()
-    run = reinforce(load(Grpo, recipe, set_ or []), Domains(), resume, console)
+    with _player(workers) as play:
+        run = reinforce(load(Grpo, recipe, set_ or []), Domains(), resume, console, play)
     console.print(f"done: {run}  (measure it: fathom score {run} --environment math)", soft_wrap=True)
 
 
 @align.command(epilog="Example:  fathom distill recipes/pipeline/distill.toml --set base=runs/tiny-chat --set run=runs/student")
-def distill(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
+def distill(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, workers: WorkersOption = None) -> None:
     """Make one student of several teachers, on its own samples. Ctrl-C saves and stops; --resume continues, even inside a round."""
     from rich.console import Console
 
@@ -49,7 +73,8 @@ def distill(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption
     from fathom.recipe import load
 
     console = Console()
-    run = run_distillation(load(Distill, recipe, set_ or []), Domains(), resume, console)
+    with _player(workers) as play:
+        run = run_distillation(load(Distill, recipe, set_ or []), Domains(), resume, console, play)
     console.print(f"done: {run}  (talk to it: fathom chat {run})", soft_wrap=True)
 
 

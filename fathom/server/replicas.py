@@ -22,6 +22,7 @@ from rich.console import Console
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from fathom.cluster import join_cluster
 from fathom.engine.engine import Engine
 from fathom.engine.settings import EngineSettings
 from fathom.errors import InputError
@@ -234,13 +235,9 @@ def launch_replicas(count: int, plan: Plan, host: str, port: int, console: Conso
     """
     if not 2 <= count <= MOST_REPLICAS:
         raise InputError(f"replicas is {count}; allowed: 2 to {MOST_REPLICAS} (without --replicas one process serves)")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    here = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-    ray.init(log_to_driver=True, **here)
+    share = join_cluster(count)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would drop what runs
     try:
-        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        share = cores // count or cores / count  # also the threads of each
         serve.start(http_options={"host": host, "port": port, "num_cpus": 0})
         front = serve.run(application(count, plan, share), name="fathom", route_prefix="/")
         console.print(f"serving {plan.server.model_name} at http://{host}:{port} with {count} replicas  (Ctrl-C stops)", soft_wrap=True,
