@@ -51,15 +51,16 @@ def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption =
     console.print(f"done: {run}  (talk to it: fathom generate {run} --prompt ...)", soft_wrap=True)
 
 
-@app.command(epilog="Example:  fathom report runs/tiny")
+@app.command(epilog="Example:  fathom report runs/tiny   or   fathom report runs/muon --beside runs/adamw --beside runs/gqa")
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
-           out: Annotated[Optional[Path], typer.Option("--out", help="The page to write; default: report.html in the run.")] = None) -> None:
+           out: Annotated[Optional[Path], typer.Option("--out", help="The page to write; default: report.html in the run.")] = None,
+           beside: Annotated[Optional[list[Path]], typer.Option("--beside", metavar="RUN", help="Compare with this run; may be repeated.")] = None) -> None:
     """Make one HTML page of a run: curves, layers, expert load, samples over time, recipe and machine."""
     from rich.console import Console
 
     from fathom.train.report import write_report
 
-    Console().print(f"done: {write_report(run, out)}", soft_wrap=True)
+    Console().print(f"done: {write_report(run, out, beside or ())}", soft_wrap=True)
 
 
 @app.command(epilog="Example:  fathom generate runs/tiny --prompt 'It is a truth' --max-tokens 80 --seed 1")

@@ -5,6 +5,8 @@ Reads what the run left in its folder and nothing else; the page loads nothing f
 
 import html
 import json
+import tomllib
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,14 @@ SAMPLES = 8  # checkpoints whose samples are shown
 Lines = list[dict[str, Any]]
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of a run, by default into its folder; the page's path. RecipeError where `run` has recorded nothing."""
-    lines = read_metrics(run)
-    steps = [line for line in lines if "loss" in line]
-    if not steps:
-        raise RecipeError(f"{run} has recorded no step; report takes the folder of a run")
+def write_report(run: Path, out: Path | None = None, beside: Sequence[Path] = ()) -> Path:
+    """Write the page of a run, by default into its folder; the page's path. Runs `beside` it are compared by their validation.
+
+    RecipeError where one of them has recorded nothing.
+    """
+    lines, steps = _record(run)
     events = read_lines(run / EVENTS)
-    body = "\n".join((_head(run, steps, lines, events), _curves(steps, lines, events), _layers(steps), _load(steps), _needles(run),
+    body = "\n".join((_head(run, steps, lines, events), _beside([run, *beside]), _curves(steps, lines, events), _layers(steps), _load(steps), _needles(run),
                       _samples(lines), _events(events), _facts(run)))
     style = resources.files("fathom.train").joinpath("report.css").read_text(encoding="utf-8")
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
@@ -34,6 +36,47 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     out = out or run / REPORT
     write_text(out, page)
     return out
+
+
+def _record(run: Path) -> tuple[Lines, Lines]:
+    """All lines of a run, and those of steps."""
+    lines = read_metrics(run)
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise RecipeError(f"{run} has recorded no step; report takes the folder of a run")
+    return lines, steps
+
+
+def _beside(runs: Sequence[Path]) -> str:
+    """Validation of several runs over the tokens they had read, and what of their recipes differs from the first one's."""
+    if len(runs) < 2:
+        return ""
+    curves, rows, first = [], [], dict(_fields(runs[0]))
+    for run in runs:
+        lines, steps = _record(run)
+        read = {}
+        for line in steps:
+            read[line["step"]] = line["tokens"] + read.get(line["step"] - 1, 0)
+        points = [(read[line["step"]] / 1e6, line["validation_bits_per_byte"]) for line in lines
+                  if "validation_bits_per_byte" in line and line["step"] in read]
+        curves.append(Curve(run.name, points))
+        changed = "; ".join(f"{name} = {value}" for name, value in _fields(run) if first.get(name) != value and name != "run")
+        seconds = sum(line.get("seconds", 0) for line in steps)
+        numbers = (f"{sum(line['tokens'] for line in steps):,}", f"{points[-1][1]:.3f}" if points else "none", f"{seconds / 60:,.1f} min")
+        cells = "".join(f'<td class="n">{number}</td>' for number in numbers)
+        rows.append(f"<tr><td>{html.escape(run.name)}</td><td>{html.escape(changed)}</td>{cells}</tr>")
+    head = "<tr><th>run</th><th>recipe, where it differs</th><th>tokens</th><th>validation, bits per byte</th><th>time</th></tr>"
+    return (f'<h2>Beside other runs</h2><div class="charts">{line_chart("Validation, bits per byte, over millions of tokens", curves)}</div>'
+            f'<div class="wide"><table>{head}{"".join(rows)}</table></div>')
+
+
+def _fields(run: Path) -> Iterator[tuple[str, Any]]:
+    """The fields of a run's recipe, those of sections with a dot."""
+    for name, value in tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", of) for inner, of in value.items())
+        else:
+            yield name, value
 
 
 def _head(run: Path, steps: Lines, lines: Lines, events: Lines) -> str:

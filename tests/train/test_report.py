@@ -34,6 +34,18 @@ def test_a_run_becomes_one_page_that_needs_nothing_else(tmp_path):
     assert not re.search(r'(src|href)=|url\(|@import|<script|the <b>sea', page)
 
 
+def test_runs_stand_beside_each_other_at_equal_tokens_with_what_differs(tmp_path):
+    for name, optimizer, score in (("first", "muon", 1.5), ("second", "adamw", 1.75)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.toml").write_text(f'run = "{name}"\noptimizer = "{optimizer}"\n[schedule]\nsteps = 2\n')
+        lines = [{"step": 1, "loss": 2.0, "tokens": 1000, "rate": 0.1}, {"step": 2, "loss": 1.0, "tokens": 2000, "rate": 0.1},
+                 {"step": 2, "validation_bits_per_byte": score}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path / "first", beside=[tmp_path / "second"]).read_text(encoding="utf-8")
+    assert "<td>second</td><td>optimizer = adamw</td><td class=\"n\">3,000</td><td class=\"n\">1.750</td>" in page
+    assert "Validation, bits per byte, over millions of tokens" in page and "Beside" not in write_report(tmp_path / "first").read_text(encoding="utf-8")
+
+
 def test_reporting_on_nothing_is_one_line(tmp_path):
     with pytest.raises(RecipeError, match="has recorded no step"):
         write_report(tmp_path)
