@@ -61,7 +61,7 @@ def recall_document(rng: random.Random, length: int, facts: int = 4, filler: Seq
 
 
 def recall_texts(seed: int, shortest: int = 400, longest: int = 60000) -> Iterator[str]:
-    """Endless documents between both lengths (characters), 1 to 8 facts each.
+    """Endless documents between both lengths (characters), with a fact in every 400 characters at most, and 40 in all.
 
     Their lengths are drawn so that every doubling of the length holds as much text: many short ones, few long ones.
     """
@@ -69,7 +69,7 @@ def recall_texts(seed: int, shortest: int = 400, longest: int = 60000) -> Iterat
     while True:
         share = rng.random()
         length = round(1 / (share / shortest + (1 - share) / longest))
-        yield recall_document(rng, length, facts=min(8, rng.randint(1, 1 + length // 400)))
+        yield recall_document(rng, length, facts=min(40, rng.randint(1, 1 + length // 400)))
 
 
 def _sentences(rng: random.Random, filler: Sequence[str] | None) -> Iterator[str]:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fathom.accounting import parameters
+from fathom.checkpoint.released import load_model
+from fathom.checkpoint.training import find_model
 from fathom.config import PRESETS, ModelConfig
 from fathom.data.corpora import read_documents, split_held_out
 from fathom.data.packing import PackedData
@@ -69,7 +71,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """A pre-training run. `model` is a preset or a config.json; `attention` and `kv_heads` replace its attention by a baseline's (such as
+    """A pre-training run. `model` is a preset or a config.json; `base`, if given, is a run or model folder that this one goes on from: its
+    shape, weights and tokenizer. `attention` and `kv_heads` replace its attention by a baseline's (such as
     "gqa"), to compare with. `optimizer` "adamw" moves the matrices too with AdamW, for the same purpose. `minutes`, if given,
     replaces the schedule's steps by as many as this machine does in that time, measured before the run (all counts of steps keep
     their shares).
@@ -79,6 +82,7 @@ class Pretrain:
     data: Data
     schedule: Schedule
     model: str = "tiny"
+    base: str | None = None
     attention: str | None = None
     kv_heads: int | None = None
     seed: int = 0
@@ -95,6 +99,8 @@ class Pretrain:
     parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self):
+        if self.base and (self.attention or self.kv_heads):
+            raise RecipeError("base brings its own attention; leave attention and kv_heads out")
         if self.parallel.shard > 1 and self.schedule.quantise_from is not None:
             raise RecipeError("schedule.quantise_from needs whole matrices on every rank; set parallel.shard = 1")
         if self.parallel.shard > 1 and self.schedule.indexer_warmup_steps:
@@ -133,8 +139,12 @@ def _pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, rank
         config = model.config
     else:
         ranks.lead(lambda: start_run(run, recipe))
-        ranks.lead(lambda: _prepare(recipe.data, config, run, root, console), patient=True)
-        model = Transformer(config).initialise(recipe.seed)
+        known = Tokenizer.load(find_model(recipe.base)) if recipe.base else None
+        ranks.lead(lambda: _prepare(recipe.data, config, known, run, root, console), patient=True)
+        model = load_model(find_model(recipe.base)) if recipe.base else Transformer(config).initialise(recipe.seed)
+        if known and known.fingerprint != Tokenizer.load(run / "tokenizer").fingerprint:
+            raise RecipeError(f"{recipe.data.prepared} was made with another tokenizer than {recipe.base}'s; prepare it with tokenizer = "
+                              "that model's folder")
     corpus = Corpus(Tokenizer.load(run / "tokenizer"), *(TokenStore.open(run / "data" / part, verify=resume and ranks.first)
                                                          for part in ("train", "held_out")))
     _check_vocabulary(corpus.tokenizer, config)
@@ -186,19 +196,23 @@ def continuations(model: Transformer, tokenizer: Tokenizer, tracking: Tracking) 
 
 def model_config(recipe: Pretrain, root: Path) -> ModelConfig:
     """The config of the model that a recipe trains."""
+    if recipe.base:
+        return ModelConfig.load(find_model(recipe.base) / "config.json")
     config = ModelConfig.preset(recipe.model) if recipe.model in PRESETS else ModelConfig.load(root / recipe.model)
     changes = {"attention": recipe.attention, "num_key_value_heads": recipe.kv_heads}
     return ModelConfig.from_dict(config.to_dict() | {name: value for name, value in changes.items() if value is not None})
 
 
-def _prepare(data: Data, config: ModelConfig, run: Path, root: Path, console: Console) -> None:
+def _prepare(data: Data, config: ModelConfig, known: Tokenizer | None, run: Path, root: Path, console: Console) -> None:
     """Write the run's tokenizer and token stores, or take a prepared corpus's."""
     if data.prepared:
         adopt(Path(data.prepared), run)
         return
     console.print(f"reading {', '.join(data.sources)}", soft_wrap=True)
     train, held_out = split_held_out(read_documents(data.sources, root), data.held_out, data.piece_bytes)
-    if data.tokenizer == "train":
+    if known is not None:
+        tokenizer = known
+    elif data.tokenizer == "train":
         console.print(f"training a tokenizer of {config.vocab_size} tokens on "
                       f"{sum(len(document.text) for document in train) / 1e6:.1f}M characters", soft_wrap=True)
         tokenizer = Tokenizer.train((document.text for document in train), config.vocab_size)
@@ -228,5 +242,5 @@ def _describe(recipe: Pretrain, config: ModelConfig, corpus: Corpus, console: Co
     for part, store in (("train on", corpus.train), ("held out", corpus.held_out)):
         console.print(f"{part} {store.total_tokens:,} tokens of {store.manifest['bytes'] / 1e6:.2f} MB in "
                       f"{store.manifest['documents']:,} documents", soft_wrap=True)
-    console.print(f"model {recipe.model}: {counts.total / 1e6:.2f}M parameters, {counts.activated / 1e6:.2f}M activated "
+    console.print(f"model {recipe.base or recipe.model}: {counts.total / 1e6:.2f}M parameters, {counts.activated / 1e6:.2f}M activated "
                   f"(and {counts.mtp / 1e6:.2f}M for MTP)", soft_wrap=True)
