@@ -25,8 +25,8 @@ INSTRUCTIONS = "You keep a shop. " * 40  # of the long conversation: agents carr
 class Agent:
     """One conversation with a server: `messages` as they went over the line, and the usage of each request."""
 
-    def __init__(self, client: openai.OpenAI, instructions: str = ""):
-        self.client, self.usage = client, []
+    def __init__(self, client: openai.OpenAI, effort: str, instructions: str = ""):
+        self.client, self.effort, self.usage = client, effort, []
         self.messages = [{"role": "system", "content": instructions}] if instructions else []
 
     def solve(self, environment: AgentEnvironment, task: Task) -> Score:
@@ -35,7 +35,7 @@ class Agent:
         turns = []
         while True:
             answer = self.client.chat.completions.create(model="m", messages=self.messages, tools=task.tools, max_tokens=TOKENS, temperature=0,
-                                                         extra_body={"thinking": {"type": "enabled"}})
+                                                         reasoning_effort=self.effort, extra_body={"thinking": {"type": "enabled"}})
             self.usage.append(answer.usage)
             message = answer.choices[0].message.model_dump(exclude_none=True)
             self.messages.append(message)
@@ -51,7 +51,7 @@ def solve_tasks(client: openai.OpenAI, environment: AgentEnvironment, tasks: int
     """Held-out tasks, each in a conversation of its own."""
     scores, requests = [], 0
     for number in range(tasks):
-        task, agent = environment.task(number, "held_out", 1 + number % 2), Agent(client)
+        task, agent = environment.task(number, "held_out", 1 + number % 2), Agent(client, "high")
         score = agent.solve(environment, task)
         scores.append(score)
         requests += len(agent.usage)
@@ -65,7 +65,7 @@ def solve_tasks(client: openai.OpenAI, environment: AgentEnvironment, tasks: int
 
 def long_conversation(client: openai.OpenAI, environment: AgentEnvironment, turns: int) -> dict:
     """Task after task in one conversation, until so many answers were asked for."""
-    agent, number = Agent(client, INSTRUCTIONS), 0
+    agent, number = Agent(client, "max", INSTRUCTIONS), 0
     while len(agent.usage) < turns:
         agent.solve(environment, environment.task(number, "held_out", 2))
         number += 1
@@ -73,7 +73,7 @@ def long_conversation(client: openai.OpenAI, environment: AgentEnvironment, turn
     asked, hit = (sum(getattr(each, name) for each in usage) for name in ("prompt_tokens", "prompt_cache_hit_tokens"))
     written = sum(each.completion_tokens for each in usage)
     print(f"{turns} turns with tools, the last prompt {usage[-1].prompt_tokens:,} tokens, {written / turns:.0f} tokens written a turn: "
-          f"{hit:,} of {asked:,} prompt tokens hit, {hit / asked:.1%}")
+          f"{hit:,} of {asked:,} prompt tokens hit, {hit / asked:.2%}")
     return {"turns": turns, "prompt_tokens": asked, "hit_tokens": hit, "written_tokens": written, "last_prompt_tokens": usage[-1].prompt_tokens,
             "share": hit / asked}
 

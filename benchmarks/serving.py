@@ -1,7 +1,7 @@
 """What serving costs: many streams at once against one and against the engine without HTTP, repeated prompts, a full queue.
 
     python benchmarks/serving.py model runs/random-tiny     makes a model of the preset tiny with random weights, if there is no trained one
-    python benchmarks/serving.py streams runs/tiny-chat     about 7 minutes: 64 streams for 2 minutes, one stream, the bare engine
+    python benchmarks/serving.py streams runs/tiny-chat     about 6 minutes: 64 streams for 2 minutes, one stream, the bare engine
     python benchmarks/serving.py prefix runs/tiny-chat      time to first token of 13K- and 32K-token prompts, cold and again
     python benchmarks/serving.py queue runs/tiny-chat       how soon a request is refused while the queue is full
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 WORDS = ("the morning was fine and Emma walked to the village with her sister while the rain held off until the evening came and "
          "every window of the house was lit").split()
-STREAMS, SECONDS, ANSWER, ROUNDS = 64, 120, 200, 3
+STREAMS, SECONDS, ANSWER, ROUNDS = 64, 120, 200, 2
 TEXT = re.compile(rb'content": ?"[^"]|arguments": ?"[^"]')
 
 
