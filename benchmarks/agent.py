@@ -42,6 +42,8 @@ class Agent:
             turns.append({"content": "", "wo_eos": answer.choices[0].finish_reason == "length"} | message)
             results = environment.step(task, turns)
             if results is None:
+                self.messages += [{"role": "tool", "tool_call_id": call["id"], "content": "The shop is closed."}
+                                  for call in message.get("tool_calls", ())]  # made one call too many: the API wants each answered
                 return environment.score(task, turns)
             turns += results
             self.messages += results
