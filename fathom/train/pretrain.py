@@ -128,9 +128,7 @@ def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Pa
 
 
 def _pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, ranks: Ranks) -> Path:
-    run = Path(recipe.run)
-    config = model_config(recipe, root)
-    state = None
+    run, state = Path(recipe.run), None
     if resume:
         recipe = resumed_recipe(run, recipe)
         loaded = []
@@ -138,6 +136,7 @@ def _pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, rank
         model, state = loaded[0] if loaded else continue_run(run)
         config = model.config
     else:
+        config = model_config(recipe, root)
         ranks.lead(lambda: start_run(run, recipe))
         known = Tokenizer.load(find_model(recipe.base)) if recipe.base else None
         ranks.lead(lambda: _prepare(recipe.data, config, known, run, root, console), patient=True)

@@ -144,8 +144,8 @@ def test_a_killed_replica_is_passed_over_and_comes_back(site):
                 statuses.append(None)  # its answer had begun
     assert b"event: error" in (rest := streamed.read()) or b"message_stop" in rest
     assert after[0] in (200, 503) and all(status in (200, 503, None) for status in statuses)
-    if after[0] == 200:
-        assert int(after[1]["x-fathom-replica"]) != home
+    if after[0] == 200 and int(after[1]["x-fathom-replica"]) == home:  # on a busy machine the next one may be there already
+        assert site.until_up({home: states[home]["process"]})
     assert statuses.count(200) >= 1
     assert site.ask(prompt)[0] == 200
     fresh = site.until_up({home: states[home]["process"]})

@@ -1,5 +1,7 @@
 """A run that goes on from another model: its weights, its tokenizer, and a clear line where they do not fit."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from fathom.errors import RecipeError
 from fathom.recipe import load
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.pretrain import Pretrain
-from tests.runs import WORDS, fathom, losses, micro_recipe
+from tests.runs import fathom, losses, micro_recipe
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,14 @@ def test_it_begins_with_the_weights_and_the_tokenizer_of_its_base(first, tmp_pat
     for name in before:
         torch.testing.assert_close(before[name], after[name], rtol=0, atol=1e-6)
     assert losses(tmp_path / "second")[0][1] < losses(first.parent / "run")[0][1] - 1
+    shutil.move(first.parent / "run", first.parent / "moved")  # a run needs its base at its start only
+    resumed = fathom("train", tmp_path / "second" / "recipe.toml", "--resume")
+    shutil.move(first.parent / "moved", first.parent / "run")
+    assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "second" / "tokenizer" / "tokenizer.json").read_bytes() == (first.parent / "run" / "tokenizer" / "tokenizer.json").read_bytes()
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(first, tmp_path):
-    (tmp_path / "words.txt").write_text(" ".join(WORDS) * 500)
     (tmp_path / "corpus.toml").write_text(f'out = "{tmp_path / "corpus"}"\nvocab_size = 300\nheld_out = 0.2\ntemplates = false\n'
                                           '[[sources]]\npath = "synthetic:recall"\nmax_documents = 30\n')
     prepared = fathom("data", "prepare", tmp_path / "corpus.toml")
