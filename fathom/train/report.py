@@ -71,8 +71,9 @@ def _beside(runs: Sequence[Path]) -> str:
 
 
 def _fields(run: Path) -> Iterator[tuple[str, Any]]:
-    """The fields of a run's recipe, those of sections with a dot."""
-    for name, value in tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8")).items():
+    """The fields of a run's recipe, those of sections with a dot; none where there is no recipe."""
+    path = run / "recipe.toml"
+    for name, value in tomllib.loads(path.read_text(encoding="utf-8") if path.is_file() else "").items():
         if isinstance(value, dict):
             yield from ((f"{name}.{inner}", of) for inner, of in value.items())
         else:

@@ -43,6 +43,8 @@ def test_runs_stand_beside_each_other_at_equal_tokens_with_what_differs(tmp_path
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = write_report(tmp_path / "first", beside=[tmp_path / "second"]).read_text(encoding="utf-8")
     assert "<td>second</td><td>optimizer = adamw</td><td class=\"n\">3,000</td><td class=\"n\">1.750</td>" in page
+    (tmp_path / "second" / "recipe.toml").unlink()
+    assert "<td>second</td><td></td>" in write_report(tmp_path / "first", beside=[tmp_path / "second"]).read_text(encoding="utf-8")
     assert "Validation, bits per byte, over millions of tokens" in page and "Beside" not in write_report(tmp_path / "first").read_text(encoding="utf-8")
 
 
