@@ -1,5 +1,6 @@
 """One choice of a request on its way: its tokens, where it stands, and the text that is certain so far."""
 
+from fathom.engine.grammar import Matcher
 from fathom.engine.prefix_cache import Found
 from fathom.engine.request import FinishReason, Output, Request, Written
 from fathom.engine.sampler import Sampler
@@ -11,13 +12,14 @@ from fathom.text.tokenizer import Tokenizer
 class Answer:
     """`limit` bounds prompt and answer together; `end_ids` end it (their text is not written)."""
 
-    def __init__(self, request_id: int, choice: int, request: Request, limit: int, end_ids: frozenset[int], tokenizer: Tokenizer):
+    def __init__(self, request_id: int, choice: int, request: Request, limit: int, end_ids: frozenset[int], tokenizer: Tokenizer,
+                 matcher: Matcher | None = None):
         self.request_id, self.choice, self.request = request_id, choice, request
         self.tokens = list(request.prompt)
         self.limit, self.end_ids = limit, end_ids
         self.place = Place(len(self.tokens))
         self.sampler = Sampler(request.sampling, request.prompt, choice)
-        self.matcher = request.constraint.start() if request.constraint is not None else None
+        self.matcher = matcher
         self.hashes: list[bytes] = []  # of the prefix cache: of the tokens' complete blocks
         self.marks: list[int] = []  # positions in the prompt, in order, where the window's state is to be kept
         self.drafts: list[int] = []  # proposed next tokens

@@ -11,12 +11,13 @@ from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
 from fathom.engine.answer import Answer
 from fathom.engine.block_pool import BlockPool
+from fathom.engine.constraint import Grammars
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.fingerprint import model_fingerprint
-from fathom.engine.grammar import Grammars
+from fathom.engine.grammar import Compiler
 from fathom.engine.paged_cache import PagedCache
 from fathom.engine.prefix_cache import PrefixCache
-from fathom.engine.request import Output, Request, Stats
+from fathom.engine.request import Limits, Output, Request, Stats
 from fathom.engine.runner import Runner
 from fathom.engine.sampler import Sampling
 from fathom.engine.scheduler import Place, Scheduler, Start
@@ -59,8 +60,9 @@ class Engine:
         self._scheduler = Scheduler(self._pool, slots, self.block_tokens, self._park)
         self.slots = slots  # requests that can run at the same time
         room = min(config.max_position_embeddings, blocks * self.block_tokens)
-        self.max_tokens = room - spare
-        self._runner = Runner(model, self._cache, room, min(tokenizer.vocab_size, config.vocab_size), settings.drafts)
+        known = min(tokenizer.vocab_size, config.vocab_size)
+        self.limits = Limits(room - spare, config.max_position_embeddings, config.vocab_size, known)
+        self._runner = Runner(model, self._cache, room, known, settings.drafts)
         self._answers: dict[Place, Answer] = {}
         self._twins: dict[int, list[Answer]] = {}  # by request: choices that wait for the first one's prompt
         self._open: dict[int, int] = {}  # by request: choices that are not finished
@@ -85,10 +87,20 @@ class Engine:
             disk = DiskCache(settings.disk, settings.disk_bytes, name)
         return cls(model, tokenizer, packed, settings, disk)
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.limits.max_tokens
+
+    @cached_property
+    def compiler(self) -> Compiler:
+        """Turns constraints into masks."""
+        return Compiler(self.tokenizer, self.limits.known, self.config.eos_token_id)
+
     @cached_property
     def grammars(self) -> Grammars:
-        """Compiles what answers may look like."""
-        return Grammars(self.tokenizer, self._runner.known, self.config.eos_token_id)
+        """Writes constraints for requests."""
+        return Grammars(self.tokenizer, self.compiler.check)
 
     @property
     def has_work(self) -> bool:
@@ -97,15 +109,17 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Queue a request; its number. InputError for a prompt that the model cannot take, QueueFull where too many wait."""
-        self._check(request)
+        self.limits.check(request)
         if len(self._scheduler.waiting) >= self.settings.waiting:
             raise QueueFull(f"{self.settings.waiting} requests wait already; try again later")
-        self._requests += 1
         sampling = request.sampling
         ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else {self.config.eos_token_id})
         limit = min(len(request.prompt) + sampling.max_tokens, self.max_tokens)
         choices = range(request.first_choice, request.first_choice + request.choices)
-        first, *twins = [Answer(self._requests, choice, request, limit, ends, self.tokenizer) for choice in choices]
+        matchers = [self.compiler.start(request.constraint) if request.constraint is not None else None for _ in choices]
+        self._requests += 1
+        first, *twins = [Answer(self._requests, choice, request, limit, ends, self.tokenizer, matcher)
+                         for choice, matcher in zip(choices, matchers, strict=True)]
         self._open[self._requests], self._twins[self._requests] = request.choices, twins
         self._queue(first)
         return self._requests
@@ -135,7 +149,7 @@ class Engine:
 
     def run(self, request: Request) -> Iterator[Output]:
         """The outputs of one request, stepping as needed; errors as of `add`, before the first. Closing it cancels the request."""
-        self._check(request)
+        self.limits.check(request)
         return self._follow(request)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling, stop_ids: Sequence[int] = ()) -> Iterator[int]:
@@ -169,19 +183,6 @@ class Engine:
             self.cancel(request_id)
         if self._prefix is not None and self._prefix.disk is not None:
             self._prefix.disk.close()
-
-    def _check(self, request: Request) -> None:
-        prompt = request.prompt
-        if not prompt:
-            raise InputError("the prompt is empty; give at least one token")
-        if len(prompt) >= self.max_tokens:
-            limit = "max_position_embeddings" if self.max_tokens == self.config.max_position_embeddings else "cache_bytes"
-            raise InputError(f"the prompt has {len(prompt)} tokens; the model holds {self.max_tokens} ({limit}), the answer included")
-        wrong = [token for token in prompt if not 0 <= token < self.config.vocab_size]
-        if wrong:
-            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} ids")
-        if unknown := [token for token in request.sampling.logit_bias if not 0 <= token < self._runner.known]:
-            raise InputError(f"logit_bias: token id {unknown[0]} is outside the {self._runner.known} ids that can be written")
 
     def _queue(self, answer: Answer) -> None:
         self._answers[answer.place] = answer

@@ -1,21 +1,20 @@
-"""Grammars that bound what an answer may be: JSON, JSON schemas, regexes and tool calls, as masks over the vocabulary.
+"""Grammars as masks over the vocabulary: compiled, and followed token by token.
 
 An answer is free prose, where one special token ends each stretch (reasoning, content before tool calls), and then the grammar, run by
 llguidance (Earley parser, regexes by derivatives: no backtracking). Prose costs nothing: its masks are made once. llguidance is an
 optional package; without it everything here can be imported and nothing compiled.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from re import sub
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fathom.engine.tool_grammar import BEFORE_CALLS, JSON_OPTIONS, Tool, calls_grammar
+from fathom.engine.tool_grammar import BEFORE_CALLS
 from fathom.errors import InputError
 from fathom.text.tokenizer import DSML, THINK_END, Tokenizer
 
@@ -24,12 +23,26 @@ try:
 except ImportError:
     LLMatcher = None
 
-__all__ = ["Constraint", "Grammars", "Matcher", "Tool"]
-
-LONGEST_SCHEMA, LONGEST_REGEX = 1 << 16, 1 << 12  # characters; the schema's as JSON
-DEEPEST_SCHEMA = 64
-MOST_TOOLS = 128
 MOST_STATES = 50_000  # of an answer's lexer: about 30 MB at worst. The package's other limits stand: compiling takes a second at most
+Prose = Literal["reasoning", "content", "content or end"]
+
+
+def require_package() -> None:
+    """InputError where llguidance is missing."""
+    if LLMatcher is None:
+        raise InputError("grammars need the llguidance package: pip install 'fathom[serve]'")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer may look like, as text: stretches of free text, each up to its special token (</think>; the marker of tool calls), then what `grammar` accepts, to the end.
+
+    "content or end": the answer may end before any call. `where` names the part of a request that asked for it, for error messages.
+    """
+
+    grammar: str
+    where: str
+    prose: tuple[Prose, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,19 +56,6 @@ class _Prose:
     before: bytes
     open_V: Tensor
     closable_V: Tensor
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """What an answer may look like, compiled: immutable, for any number of answers."""
-
-    _vocabulary: "_Vocabulary"
-    _prose: tuple[_Prose, ...]
-    _grammar: LLMatcher
-
-    def start(self) -> "Matcher":
-        """A matcher at the beginning of an answer, independent of all others."""
-        return Matcher(self._vocabulary, self._prose, self._grammar.deep_copy())
 
 
 class Matcher:
@@ -96,72 +96,28 @@ class Matcher:
             self.ended = self._grammar.is_stopped()
 
 
-class Grammars:
-    """Compiles constraints over `vocab_size` token ids for answers that `eos_id` ends; the last `kept` are kept in memory.
+class Compiler:
+    """Grammars -> matchers over `vocab_size` token ids, for answers that `eos_id` ends; the last `kept` grammars stay compiled.
 
-    With `thinking` an answer begins inside its reasoning: free text up to </think>, then the grammar. No special token is allowed
-    but those of the format. All methods raise InputError for what is too large, broken or not supported.
+    Any number of threads may use it. InputError without llguidance.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_id: int, kept: int = 64):
-        if LLMatcher is None:
-            raise InputError("grammars need the llguidance package: pip install 'fathom[serve]'")
-        self._vocabulary = _Vocabulary(tokenizer, vocab_size, eos_id)
-        self._think_end, self._dsml = tokenizer.special_ids[THINK_END], tokenizer.special_ids[DSML]
-        self._reasoning = self._vocabulary.prose(self._think_end, b"")
-        self._content = {may_end: self._vocabulary.prose(self._dsml, BEFORE_CALLS.encode(), may_end) for may_end in (False, True)}
-        self._compile = lru_cache(kept)(self._vocabulary.compile)
+        require_package()
+        self._vocabulary = vocabulary = _Vocabulary(tokenizer, vocab_size, eos_id)
+        think_end, dsml = tokenizer.special_ids[THINK_END], tokenizer.special_ids[DSML]
+        self._prose = {"reasoning": vocabulary.prose(think_end, b""), "content": vocabulary.prose(dsml, BEFORE_CALLS.encode()),
+                       "content or end": vocabulary.prose(dsml, BEFORE_CALLS.encode(), may_end=True)}
+        self._compile = lru_cache(kept)(vocabulary.compile)
 
-    def json_schema(self, schema: dict, thinking: bool) -> Constraint:
-        """JSON that satisfies a schema; properties in the schema's order."""
-        return self._constraint(self._schema_grammar(schema, "json schema"), "json schema", thinking)
+    def check(self, grammar: str, where: str) -> None:
+        """Compile it; InputError, one line that begins with `where`, for a grammar that is broken, too large or empty."""
+        self._compile(grammar, where)
 
-    def json_object(self, thinking: bool) -> Constraint:
-        """Any JSON object."""
-        return self.json_schema({"type": "object"}, thinking)
-
-    def regex(self, pattern: str, thinking: bool) -> Constraint:
-        """Text that a regex (of Rust's syntax, without look-around) matches as a whole."""
-        if len(pattern) > LONGEST_REGEX:
-            raise InputError(f"regex: {len(pattern)} characters; allowed: up to {LONGEST_REGEX}")
-        if not pattern.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in pattern):
-            raise InputError("regex: it holds a lone surrogate, which no text can; remove it")
-        return self._constraint(LLMatcher.grammar_from_regex(pattern), "regex", thinking)
-
-    def tools(self, tools: Sequence[Tool], choice: str, thinking: bool) -> Constraint:
-        """Content, then tool calls if the model likes (`choice` auto), at least one (required), or one of the tool so named."""
-        if not 0 < len(tools) <= MOST_TOOLS or len({tool.name for tool in tools}) < len(tools):
-            raise InputError(f"tools: allowed are 1 to {MOST_TOOLS} with different names")
-        named = [tool for tool in tools if tool.name == choice] if choice not in ("auto", "required") else list(tools)
-        if not named:
-            raise InputError(f"tool_choice: no tool is called {choice!r}; known: {', '.join(tool.name for tool in tools)}"[:300])
-        for tool in named:
-            where = f"tool {tool.name!r}"
-            if not isinstance(tool.parameters, dict):
-                raise InputError(f"{where}: parameters must be a JSON schema, got {type(tool.parameters).__name__}")
-            if tool.strict:  # what llguidance refuses in a schema is refused with its words
-                self._compile(self._schema_grammar(tool.parameters, where), where)
-        text = calls_grammar(named, self._dsml, several=choice in ("auto", "required"))
-        return self._constraint(LLMatcher.grammar_from_lark(text), "tools", thinking, (self._content[choice == "auto"],))
-
-    def _constraint(self, grammar: str, where: str, thinking: bool, content: tuple[_Prose, ...] = ()) -> Constraint:
-        prose = (self._reasoning, *content) if thinking else content
-        return Constraint(self._vocabulary, prose, self._compile(grammar, where))
-
-    def _schema_grammar(self, schema: dict, where: str) -> str:
-        if not isinstance(schema, dict):
-            raise InputError(f"{where}: expected an object, got {type(schema).__name__}")
-        _check_depth(schema, DEEPEST_SCHEMA, where)
-        try:
-            text = json.dumps({key: value for key, value in schema.items() if key != "x-guidance"}, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{where}: {error}") from error
-        if len(text) > LONGEST_SCHEMA:
-            raise InputError(f"{where}: {len(text)} characters of JSON; allowed: up to {LONGEST_SCHEMA}")
-        try:
-            return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
-        except ValueError as error:
-            raise InputError(f"{where}: {_one_line(str(error))}") from error
+    def start(self, constraint: Constraint) -> Matcher:
+        """A matcher at the beginning of an answer, independent of all others."""
+        grammar = self._compile(constraint.grammar, constraint.where).deep_copy()
+        return Matcher(self._vocabulary, tuple(self._prose[kind] for kind in constraint.prose), grammar)
 
 
 class _Vocabulary:
@@ -198,25 +154,18 @@ class _Vocabulary:
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_error():
-            raise InputError(f"{where}: {_one_line(matcher.get_error())}")
+            raise InputError(f"{where}: {one_line(matcher.get_error())}")
         return matcher
 
     def mask(self, matcher: LLMatcher) -> Tensor:
         """The tokens that may come next, bool [V]."""
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error():
-            raise InputError(f"the grammar cannot go on: {_one_line(matcher.get_error())}")
+            raise InputError(f"the grammar cannot go on: {one_line(matcher.get_error())}")
         return torch.from_numpy(np.unpackbits(bits, count=self.size, bitorder="little").view(np.bool_))
 
 
-def _check_depth(value: object, left: int, where: str) -> None:
-    if left < 0:
-        raise InputError(f"{where}: nested more than {DEEPEST_SCHEMA} deep")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_depth(inner, left - 1, where)
-
-
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
     """What llguidance says, without its pointers into the grammar."""
     if "NoExtension" in message:
         return "no text satisfies it"

@@ -37,6 +37,30 @@ class Request:
             raise InputError(f"input_end is {self.input_end}; the prompt has {len(self.prompt)} tokens")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take: tokens of prompt and answer together, ids of its vocabulary, and how many of those can be written."""
+
+    max_tokens: int
+    context: int  # of the model; max_tokens is less where memory is what limits
+    vocab_size: int
+    known: int
+
+    def check(self, request: Request) -> None:
+        """InputError for a request that the model cannot take."""
+        prompt = request.prompt
+        if not prompt:
+            raise InputError("the prompt is empty; give at least one token")
+        if len(prompt) >= self.max_tokens:
+            limit = "max_position_embeddings" if self.max_tokens == self.context else "cache_bytes"
+            raise InputError(f"the prompt has {len(prompt)} tokens; the model holds {self.max_tokens} ({limit}), the answer included")
+        wrong = [token for token in prompt if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise InputError(f"token id {wrong[0]} is outside the vocabulary of {self.vocab_size} ids")
+        if unknown := [token for token in request.sampling.logit_bias if not 0 <= token < self.known]:
+            raise InputError(f"logit_bias: token id {unknown[0]} is outside the {self.known} ids that can be written")
+
+
 class Written(NamedTuple):
     """A generated token: its id, its log-probability and those of the most likely ones, before temperature; None where not asked for."""
 

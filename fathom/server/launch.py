@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fathom.engine.engine import Engine
+from fathom.engine.remote import Plan, RemoteEngine
 from fathom.engine.settings import EngineSettings
 from fathom.errors import InputError
 from fathom.server.app import ServerSettings, listen, serve
@@ -21,11 +21,11 @@ def launch(path: Path | None, dtype: torch.dtype, packed: bool, settings: Engine
            key_file: Path | None, drain_seconds: float, console: Console) -> None:
     """Load the model at `path`, by default the demo's, and serve it until a signal comes. One JSON line a request on stderr."""
     path, server_settings = choose(path, name, key_file, drain_seconds)
-    if "OMP_NUM_THREADS" not in os.environ:  # a core for the loop and its clients: on two cores 64 streams got 3 times as many tokens
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    # A core for the loop and its clients: on two cores 64 streams got 3 times as many tokens.
+    threads = None if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() - 1)
     listener = listen(host, port)
     with console.status(f"loading {path} ..."):
-        engine = Engine.load(path, dtype, packed=packed, settings=settings)
+        engine = RemoteEngine(Plan(path, dtype, packed, settings, threads))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     _describe(engine, console)
@@ -53,7 +53,7 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     return keys
 
 
-def _describe(engine: Engine, console: Console) -> None:
+def _describe(engine: RemoteEngine, console: Console) -> None:
     stats, settings = engine.stats(), engine.settings
     console.print(f"context up to {engine.max_tokens:,} tokens; cache for {stats.blocks * engine.block_tokens:,} tokens, "
                   f"{engine.slots} requests at a time" + (f"; prefixes kept in {settings.disk}" if settings.disk else ""),

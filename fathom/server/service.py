@@ -13,12 +13,14 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from fathom.config import ModelConfig
-from fathom.engine.grammar import Grammars
+from fathom.engine.constraint import Grammars
 from fathom.engine.request import Output, Request, Stats
 from fathom.engine.settings import EngineSettings
 from fathom.errors import FathomError, QueueFull
 from fathom.server.failures import Draining, EngineFailed
 from fathom.text.tokenizer import Tokenizer
+
+LOOK_SECONDS = 1.0  # between looks at an idle engine, which may have died
 
 logger = logging.getLogger("fathom.server")
 
@@ -205,10 +207,10 @@ class Service:
             self.engine.close()
 
     def _read_inbox(self) -> bool:
-        """Do what was asked for, waiting for something to do if there is nothing; False when asked to stop."""
+        """Do what was asked for, waiting a little if there is nothing to do; False when asked to stop."""
         wait = not self.engine.has_work
         try:
-            while (command := self._inbox.get(block=wait)) is not None:
+            while (command := self._inbox.get(wait, LOOK_SECONDS)) is not None:
                 command()
                 wait = wait and not self.engine.has_work
             return False

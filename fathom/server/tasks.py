@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal, NamedTuple
 
-from fathom.engine.grammar import Constraint, Tool
+from fathom.engine.constraint import Tool
+from fathom.engine.grammar import Constraint
 from fathom.engine.request import Output, Request, Written
 from fathom.engine.sampler import Sampling
 from fathom.errors import InputError

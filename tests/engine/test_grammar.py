@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fathom.engine.engine import Engine
-from fathom.engine.grammar import Grammars, Tool
+from fathom.engine.constraint import Grammars, Tool
+from fathom.engine.grammar import Compiler
 from fathom.engine.request import Request
 from fathom.engine.sampler import Sampling
 from fathom.errors import InputError
@@ -31,13 +32,18 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer):
-    return Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_id)
+def compiler(tokenizer):
+    return Compiler(tokenizer, tokenizer.vocab_size, tokenizer.eos_id)
 
 
-def walk(constraint, tokenizer, seed, most=500, phrases=()):
+@pytest.fixture(scope="module")
+def grammars(tokenizer, compiler):
+    return Grammars(tokenizer, compiler.check)
+
+
+def walk(matcher, tokenizer, seed, most=500, phrases=()):
     """A random answer: tokens drawn from what is allowed, now and then one of the phrases, the end soon after it may come."""
-    generator, matcher, tokens, phrase = random.Random(seed), constraint.start(), [], []
+    generator, tokens, phrase = random.Random(seed), [], []
     for _ in range(most):
         allowed_V = matcher.allowed()
         if not phrase and phrases and generator.random() < 0.4:
@@ -65,10 +71,10 @@ def fits(value):
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_random_answers_satisfy_the_schema(grammars, tokenizer, thinking):
+def test_random_answers_satisfy_the_schema(grammars, compiler, tokenizer, thinking):
     constraint, done = grammars.json_schema(SCHEMA, thinking), 0
     for seed in range(120):
-        text = walk(constraint, tokenizer, seed, phrases=spelled(tokenizer, '"', '}', ']', THINK_END))
+        text = walk(compiler.start(constraint), tokenizer, seed, phrases=spelled(tokenizer, '"', '}', ']', THINK_END))
         if text is not None:
             done += 1
             assert fits(json.loads(text.split(THINK_END, 1)[-1])), text
@@ -76,21 +82,21 @@ def test_random_answers_satisfy_the_schema(grammars, tokenizer, thinking):
     assert done > 60
 
 
-def test_random_answers_are_json_objects_or_match_the_regex(grammars, tokenizer):
+def test_random_answers_are_json_objects_or_match_the_regex(grammars, compiler, tokenizer):
     for seed in range(60):
-        text = walk(grammars.json_object(False), tokenizer, seed, phrases=spelled(tokenizer, '"', '}', ']'))
+        text = walk(compiler.start(grammars.json_object(False)), tokenizer, seed, phrases=spelled(tokenizer, '"', '}', ']'))
         assert text is None or isinstance(json.loads(text), dict)
-        text = walk(grammars.regex(r"[a-c]{2,5}-[0-9]+(x|yz)?", False), tokenizer, seed)
+        text = walk(compiler.start(grammars.regex(r"[a-c]{2,5}-[0-9]+(x|yz)?", False)), tokenizer, seed)
         assert text is not None and re.fullmatch(r"[a-c]{2,5}-[0-9]+(x|yz)?", text)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("choice", ["required", "get_weather", "auto"])
-def test_random_tool_calls_are_read_back_and_satisfy_their_schemas(grammars, tokenizer, choice, thinking):
+def test_random_tool_calls_are_read_back_and_satisfy_their_schemas(grammars, compiler, tokenizer, choice, thinking):
     constraint, calls, done = grammars.tools([WEATHER, SEARCH], choice, thinking), 0, 0
     phrases = spelled(tokenizer, THINK_END, f"\n\n<{DSML}", f"</{DSML}", '">')
     for seed in range(150):
-        text = walk(constraint, tokenizer, seed, phrases=phrases)
+        text = walk(compiler.start(constraint), tokenizer, seed, phrases=phrases)
         if text is None:
             continue
         done += 1
@@ -104,8 +110,8 @@ def test_random_tool_calls_are_read_back_and_satisfy_their_schemas(grammars, tok
     assert done > 20 and calls >= (10 if choice == "auto" else 20)
 
 
-def test_special_tokens_are_never_part_of_a_value(grammars, tokenizer):
-    matcher = grammars.json_schema(SCHEMA, False).start()
+def test_special_tokens_are_never_part_of_a_value(grammars, compiler, tokenizer):
+    matcher = compiler.start(grammars.json_schema(SCHEMA, False))
     for token in tokenizer.encode('{"name": "'):
         matcher.accept(token)
     allowed_V = matcher.allowed()
@@ -114,9 +120,9 @@ def test_special_tokens_are_never_part_of_a_value(grammars, tokenizer):
         matcher.accept(tokenizer.special_ids[DSML])
 
 
-def test_matchers_of_one_constraint_are_independent(grammars, tokenizer):
+def test_matchers_of_one_constraint_are_independent(grammars, compiler, tokenizer):
     constraint = grammars.regex("ab|cd", False)
-    first, second = constraint.start(), constraint.start()
+    first, second = compiler.start(constraint), compiler.start(constraint)
     first.accept(*tokenizer.encode("a"))
     assert second.allowed()[tokenizer.encode("c")[0]] and not first.allowed()[tokenizer.encode("c")[0]]
 
@@ -142,8 +148,8 @@ def test_a_deep_schema_is_refused(grammars):
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)+$", "(.*)*x", "[a-z]{1,200}([a-z]{1,200})?"])
-def test_patterns_that_ruin_backtracking_matchers_are_harmless(grammars, tokenizer, pattern):
-    matcher = grammars.regex(pattern, False).start()
+def test_patterns_that_ruin_backtracking_matchers_are_harmless(grammars, compiler, tokenizer, pattern):
+    matcher = compiler.start(grammars.regex(pattern, False))
     for token in tokenizer.encode("a" * 150):
         if not matcher.allowed()[token]:
             break
@@ -158,4 +164,4 @@ def test_the_engine_writes_what_the_grammar_allows(tokenizer, drafts):
              for seed in range(5)]
     texts = ["".join(output.text for output in outputs) for outputs in plain]
     assert all(re.fullmatch(r"[0-9]{3}(,[0-9]{3}){2}", text) for text in texts) and len(set(texts)) == 5
-    assert torch.equal(engine.grammars.regex("a", False).start().allowed().nonzero().flatten(), torch.tensor(tokenizer.encode("a")))
+    assert torch.equal(engine.compiler.start(engine.grammars.regex("a", False)).allowed().nonzero().flatten(), torch.tensor(tokenizer.encode("a")))

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fathom.engine.grammar import Grammars
+from fathom.engine.constraint import Grammars
+from fathom.engine.grammar import Compiler
 from fathom.engine.request import Output, Request, Stats, Written
 from fathom.engine.settings import EngineSettings
 from fathom.errors import InputError, QueueFull
@@ -47,10 +48,11 @@ class ScriptedEngine:
     """`script(request, choice)` gives the text to write; `delay` seconds pass at each step; counters as a real engine's."""
 
     def __init__(self, script: Script = hello, delay: float = 0.0, settings: EngineSettings | None = None, max_tokens: int = 4096,
-                 grammars: Grammars | None = None):
+                 compiler: Compiler | None = None):
         self.script, self.delay, self.max_tokens = script, delay, max_tokens
         self.tokenizer = _TOKENIZER
-        self.grammars = grammars or Grammars(_TOKENIZER, _TOKENIZER.vocab_size, _TOKENIZER.eos_id)
+        self.compiler = compiler or Compiler(_TOKENIZER, _TOKENIZER.vocab_size, _TOKENIZER.eos_id)
+        self.grammars = Grammars(_TOKENIZER, self.compiler.check)
         self.settings = settings or EngineSettings()
         self.config = small_config([4, 128], vocab_size=_TOKENIZER.vocab_size, max_position_embeddings=max_tokens)
         self.requests: list[Request] = []  # all that were ever added

@@ -125,8 +125,7 @@ def test_tool_choice_decides_the_grammar_and_the_parser(calling, choice, constra
 def test_a_schema_bounds_the_answer(ask, server):
     schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
     ask(thinking=OFF, extra_body={"output_config": {"format": {"type": "json_schema", "schema": schema}}})
-    constraint, tokenizer = server.engine.requests[-1].constraint, server.engine.tokenizer
-    assert allows(constraint, tokenizer, '{"city": "Rome"}') and not allows(constraint, tokenizer, '{"town": "Rome"}')
+    assert allows(server.engine, '{"city": "Rome"}') and not allows(server.engine, '{"town": "Rome"}')
 
 
 def test_a_repeated_prompt_is_read_from_the_cache(ask):

@@ -16,9 +16,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from fathom.checkpoint.released import save_model
 from fathom.engine.engine import Engine
+from fathom.engine.remote import Plan, RemoteEngine
 from fathom.engine.settings import EngineSettings
 from fathom.server.app import create_app
 from fathom.server.settings import ServerSettings
@@ -203,18 +205,33 @@ def test_an_engine_that_fails_says_so(serve):
     assert engine.closed
 
 
+def test_an_engine_whose_process_dies_says_so(serve, tmp_path):
+    """Killed while an answer is written; what asks for it then, and later, is told."""
+    save_tiny(tmp_path)
+    engine = RemoteEngine(Plan(tmp_path, torch.float32, False, EngineSettings(cache_bytes=4 << 20), threads=1))
+    server = serve(engine)
+    slow = dial(server, chat(**ENDLESS))
+    assert wait(lambda: server.app.state.context.service.stats.running == 1)
+    os.kill(engine._process.pid, signal.SIGKILL)
+    assert b" 500 " in slow.recv(100).split(b"\r\n")[0]
+    slow.close()
+    assert request(server, "GET", "/ready").json()["status"] == "failed" and request(server, "GET", "/health").status == 503
+    assert post(server, CHAT, json.loads(chat())).status == 500
+
+
 def test_the_process_drains_on_a_signal_and_stops_at_once_on_a_second(tmp_path):
     """The real command, a real model folder, real signals."""
     save_tiny(tmp_path / "model")
     command = [sys.executable, "-m", "fathom.cli", "serve", str(tmp_path / "model"), "--port", "0", "--name", "fathom", "--drain", "300"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"NO_COLOR": "1", "COLUMNS": "200"}) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"NO_COLOR": "1", "COLUMNS": "200"},
+                          start_new_session=True) as process:
         lines = iter(process.stderr.readline, "")
         address = next(found[0] for line in lines if (found := re.findall(r"http://127\.0\.0\.1:\d+", line)))
         server = Running(address, None, None)
         assert post(server, CHAT, json.loads(chat(max_tokens=3, ignore_eos=True))).json()["usage"]["completion_tokens"] == 3
         slow = dial(server, chat(**ENDLESS, stream=True))
         assert slow.recv(10)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)  # as a service manager does: to all processes of it
         assert wait(lambda: post(server, CHAT, json.loads(chat(max_tokens=1))).status == 503)
         assert process.poll() is None  # it waits for the slow one
         process.send_signal(signal.SIGTERM)

@@ -282,7 +282,7 @@ def test_tool_choice_decides_the_grammar_and_the_parser(calling):
         assert (engine.requests[-1].constraint is not None) == constrained
         assert (answer.message.tool_calls is None) == (choice == "none")
     tokens = engine.tokenizer.encode("no call at all")
-    matcher = engine.requests[-1].constraint.start()
+    matcher = engine.compiler.start(engine.requests[-1].constraint)
     for token in tokens:
         matcher.accept(token)
     assert not matcher.allowed()[engine.tokenizer.eos_id]  # the named tool has to be called
@@ -322,9 +322,9 @@ def test_reasoning_can_be_demanded_back(serve):
 # ---- answers of a given form
 
 
-def allows(constraint, tokenizer, text):
-    """Whether the constraint takes this text as a whole answer."""
-    matcher = constraint.start()
+def allows(engine, text):
+    """Whether the last request's constraint takes this text as a whole answer."""
+    matcher, tokenizer = engine.compiler.start(engine.requests[-1].constraint), engine.tokenizer
     for token in tokenizer.encode(text, special=True):
         if not matcher.allowed()[token]:
             return False
@@ -343,9 +343,8 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "require
 @pytest.mark.parametrize("extra", [{}, OFF])
 def test_a_format_bounds_the_answer(chat, server, form, good, bad, extra):
     chat(response_format=form, extra_body=extra)
-    constraint, tokenizer = server.engine.requests[-1].constraint, server.engine.tokenizer
     before = "" if extra else f"some thoughts{THINK_END}"
-    assert allows(constraint, tokenizer, before + good) and not allows(constraint, tokenizer, before + bad)
+    assert allows(server.engine, before + good) and not allows(server.engine, before + bad)
     assert ("## Response Format" in prompt_of(server)) == ("schema" in form.get("json_schema", {}))
 
 
