@@ -1,7 +1,7 @@
 """What serving costs: many streams at once against one and against the engine without HTTP, repeated prompts, a full queue.
 
     python benchmarks/serving.py model runs/random-tiny     makes a model of the preset tiny with random weights, if there is no trained one
-    python benchmarks/serving.py streams runs/tiny-chat     about 6 minutes: 64 streams for 2 minutes, one stream, the bare engine
+    python benchmarks/serving.py streams runs/tiny-chat     about 7 minutes: 64 streams for 2 minutes, one stream, the bare engine
     python benchmarks/serving.py prefix runs/tiny-chat      time to first token of 13K- and 32K-token prompts, cold and again
     python benchmarks/serving.py queue runs/tiny-chat       how soon a request is refused while the queue is full
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "serving.json"
 WORDS = ("the morning was fine and Emma walked to the village with her sister while the rain held off until the evening came and "
          "every window of the house was lit").split()
-STREAMS, SECONDS, ANSWER, ROUNDS = 64, 120, 200, 2
+STREAMS, SECONDS, ANSWER, ROUNDS = 64, 120, 200, 3
 TEXT = re.compile(rb'content": ?"[^"]|arguments": ?"[^"]')
 
 
@@ -119,14 +119,14 @@ def chat_body(seed: int, **changes: object) -> dict:
             "max_tokens": ANSWER, "temperature": 1, "seed": seed, "ignore_eos": True, **changes}
 
 
-async def many_streams(port: int, streams: int, seconds: float) -> dict:
-    """Each stream asks again as soon as it has its answer."""
+async def many_streams(port: int, streams: int, seconds: float, first_turn: int = 0) -> dict:
+    """Each stream asks again as soon as it has its answer; no two of one number ask the same."""
     end = time.monotonic() + seconds
     tokens, failures, firsts = [0] * streams, 0, []
 
     async def stream(index: int) -> None:
         nonlocal failures
-        turn = 0
+        turn = first_turn
         while time.monotonic() < end:
             status, first, _, last = await ask(port, chat_body(index * 10_000 + turn))
             turn += 1
@@ -189,8 +189,8 @@ def measure_streams(model: str, seconds: float = SECONDS) -> dict:
         asyncio.run(many_streams(port, 2, 3))
         one = asyncio.run(many_streams(port, 1, 20))
         many = asyncio.run(many_streams(port, STREAMS, seconds))
-        for _ in range(ROUNDS):  # in turns, for the machine's speed changes within minutes
-            served = asyncio.run(many_streams(port, STREAMS, seconds / 6))
+        for number in range(1, 1 + ROUNDS):  # in turns, for the machine's speed changes within minutes
+            served = asyncio.run(many_streams(port, STREAMS, seconds / 6, 1000 * number))  # nothing that the prefix cache knows
             rounds.append([served["tokens_per_second"], *(bare(model, STREAMS, seconds / 6, count) for count in (threads, cores))])
     served, some, every = (statistics.median(column) for column in zip(*rounds, strict=True))
     figures = {"one": one, "many": many, "threads": [threads, cores], "rounds_served_and_bare": rounds,
