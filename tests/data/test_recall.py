@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fathom.data.recall import question, recall_document, recall_texts, statement
+from fathom.data.recall import dense_recall_texts, question, recall_document, recall_texts, statement
 
 STATED = re.compile(r"The code of the (\w+ \w+) is (\d{5})\.")
 ASKED = re.compile(r"Question: What is the code of the (\w+ \w+)\? Answer: (\d{5})\.")
@@ -55,3 +55,22 @@ def test_every_doubling_of_the_length_holds_about_as_much_text():
     texts = list(itertools.islice(recall_texts(0, 400, 6400), 2000))
     octaves = [sum(len(text) for text in texts if low <= len(text) < 2 * low) for low in (800, 1600, 3200)]
     assert max(octaves) < 1.5 * min(octaves)
+
+
+def test_dense_texts_say_every_fact_again_and_only_the_key_tells_which():
+    """No fixed order of answers to go by: a question asks for the fact stated last, first, or any other."""
+    places = []
+    for text in itertools.islice(dense_recall_texts(0), 500):
+        values = {found[1]: found[2] for found in reversed([*STATED.finditer(text)])}
+        first = {key: text.index(statement(key, value)) for key, value in values.items()}
+        asked = [*ASKED.finditer(text)]
+        assert 2 <= len(values) <= 6 and len(text) < 2500
+        assert all(values[found[1]] == found[2] and found.start() > first[found[1]] for found in [*asked, *STATED.finditer(text)][:len(asked)])
+        assert all(text.count(key) > 1 for key in values) and all(values[found[1]] == found[2] for found in STATED.finditer(text))
+        for found in asked:
+            before = sorted((at for at in first.values() if at < found.start()), reverse=True)
+            if len(before) >= 4:
+                places.append(before.index(first[found[1]]) / (len(before) - 1))
+    assert len(places) > 500 and 0.25 < sum(places) / len(places) < 0.75
+    assert max(places.count(0.0), places.count(1.0)) < 0.6 * len(places)
+    assert [*itertools.islice(dense_recall_texts(3), 5)] == [*itertools.islice(dense_recall_texts(3), 5)]
