@@ -1,6 +1,7 @@
 """`fathom lab run`: the runs of experiments, some at a time, those that are finished kept; then their verdicts.
 
-FOLDER/EXPERIMENT/VARIANT-SEED/ holds a run and its numbers, FOLDER/EXPERIMENT.json an experiment's result.
+FOLDER/EXPERIMENT/VARIANT-SEED/ holds a run and its numbers (FOLDER/base/SEED/ what those train that change nothing), FOLDER/EXPERIMENT.json
+an experiment's result.
 """
 
 import json
@@ -22,7 +23,7 @@ from fathom.files import write_text
 from fathom.lab.bench.machine import commit
 from fathom.lab.experiment import Experiment, Variant
 from fathom.lab.experiments import EXPERIMENTS
-from fathom.lab.one_run import RESULT
+from fathom.lab.one_run import RESULT, training_folder
 from fathom.train.pretrain import Pretrain
 from fathom.train.tracking import read_metrics
 
@@ -41,6 +42,11 @@ class Job(NamedTuple):
     def title(self) -> str:
         """For a line of progress."""
         return f"{self.experiment.name}: {self.variant.name}, seed {self.seed}"
+
+    @property
+    def training(self) -> Path:
+        """The folder that it trains in, which may be that of other jobs too."""
+        return training_folder(self.variant, self.seed, self.folder)
 
 
 def chosen(name: str) -> list[Experiment]:
@@ -116,8 +122,8 @@ def _work(missing: list[Job], base: Path, overrides: list[str], jobs: int, steps
         whole = progress.add_task("all runs", total=len(missing))
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    job = waiting.popleft()
+                while len(running) < jobs and (job := _next(waiting, {other.training for other, _, _ in running})) is not None:
+                    waiting.remove(job)
                     running.append((job, _start(job, base, overrides), progress.add_task(job.title, total=steps)))
                 time.sleep(LOOK_SECONDS)
                 for entry in [*running]:
@@ -137,6 +143,11 @@ def _work(missing: list[Job], base: Path, overrides: list[str], jobs: int, steps
     return failed
 
 
+def _next(waiting: deque[Job], busy: set[Path]) -> Job | None:
+    """The first job whose folder no other one trains in."""
+    return next((job for job in waiting if job.training not in busy), None)
+
+
 def _start(job: Job, base: Path, overrides: list[str]) -> subprocess.Popen:
     job.folder.mkdir(parents=True, exist_ok=True)
     arguments = [job.experiment.name, job.variant.name, str(job.seed), str(job.folder), str(base), *overrides]
@@ -146,4 +157,4 @@ def _start(job: Job, base: Path, overrides: list[str]) -> subprocess.Popen:
 
 
 def _steps(job: Job) -> int:
-    return max((line["step"] for line in read_metrics(job.folder / "run")), default=0)
+    return max((line["step"] for line in read_metrics(job.training / "run")), default=0)

@@ -31,6 +31,11 @@ class Variant:
     model: dict[str, Any] = field(default_factory=dict)
     swap: Callable[[], AbstractContextManager] = nullcontext
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether it is the base recipe as it stands, which several experiments compare with."""
+        return not self.set and not self.model and self.swap is nullcontext
+
 
 class Trained(NamedTuple):
     """A finished run, to measure: `held_out` batches, and the UTF-8 bytes of each token id [V]."""

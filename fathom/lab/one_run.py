@@ -1,5 +1,7 @@
 """One run of one variant with one seed, in a process of its own: train, measure, write `result.json`. Started again, it goes on.
 
+The base recipe as it stands is trained once for all experiments: `training_folder` says where.
+
     python -m fathom.lab.one_run EXPERIMENT VARIANT SEED FOLDER RECIPE [KEY=VALUE ...]
 """
 
@@ -30,16 +32,23 @@ RESULT = "result.json"
 LAST = 0.2  # of the steps, that training's own numbers are taken from
 
 
+def training_folder(variant: Variant, seed: int, folder: Path) -> Path:
+    """Where the run FOLDER/EXPERIMENT/VARIANT-SEED trains: in itself, or in FOLDER/base/SEED with all others that change nothing."""
+    return folder.parent.parent / "base" / str(seed) if variant.changes_nothing else folder
+
+
 def one_run(experiment: Experiment, variant: Variant, seed: int, folder: Path, base: Path, overrides: list[str]) -> dict:
     """Train, or finish training, and measure; the numbers, which are also in the folder."""
     began = time.monotonic()
     torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
+    training = training_folder(variant, seed, folder)
+    for each in (folder, training):
+        each.mkdir(parents=True, exist_ok=True)
     plan = recipes.load(Pretrain, base, overrides)
     config = ModelConfig.preset(plan.model) if plan.model in PRESETS else ModelConfig.load(base.parent / plan.model)
-    write_text(folder / "model.json", ModelConfig.from_dict(config.to_dict() | variant.model).to_json())
-    run = folder / "run"
-    changes = [*overrides, *variant.set, f"seed={seed}", f"run={run}", f"model={(folder / 'model.json').resolve()}"]
+    write_text(training / "model.json", ModelConfig.from_dict(config.to_dict() | variant.model).to_json())
+    run = training / "run"
+    changes = [*overrides, *variant.set, f"seed={seed}", f"run={run}", f"model={(training / 'model.json').resolve()}"]
     plan = recipes.load(Pretrain, base, changes)
     with variant.swap():
         pretrain(plan, base.parent, bool(list_checkpoints(run)), Console())

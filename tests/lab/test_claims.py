@@ -21,7 +21,7 @@ from fathom.data.transforms import pack_examples
 from fathom.errors import FathomError, InputError
 from fathom.lab import claims, claims_page
 from fathom.lab.experiment import Verdict, lower, noise, swapped, worst
-from fathom.lab.experiments import EXPERIMENTS, attention, compression, early_layers, indexer, overlap, sample_masks, scoring, streams
+from fathom.lab.experiments import EXPERIMENTS, attention, compression, early_layers, indexer, mtp, overlap, sample_masks, scoring, streams
 from fathom.lab.one_run import one_run
 from fathom.model.hyper_connections import HyperConnection
 from fathom.model.transformer import Transformer
@@ -54,7 +54,7 @@ def test_every_variant_trains_and_is_measured_and_the_rule_gives_a_verdict(name,
     numbers = {}
     for variant in experiment.variants:
         overrides = ["data.validation_tokens=1024"]
-        result = one_run(experiment, variant, 0, tmp_path / variant.name.replace(" ", "-"), base, overrides)
+        result = one_run(experiment, variant, 0, tmp_path / name / variant.name.replace(" ", "-"), base, overrides)
         numbers[variant.name] = [result["numbers"]]
         assert all(math.isfinite(value) for value in result["numbers"].values())
         assert experiment.metric in result["numbers"] and result["curve"][-1][0] == 2
@@ -205,6 +205,17 @@ def test_finished_runs_are_kept_and_never_mixed_with_another_recipes(runs, base,
         claims.run_experiments("compression", runs, base, ["seed=7"], 1, Console(quiet=True))
 
 
+def test_what_several_experiments_compare_with_is_trained_once(base, tmp_path, monkeypatch):
+    experiments = {each.name: dataclasses.replace(each, seeds=(0,), variants=each.variants[:1]) for each in (compression.EXPERIMENT, mtp.EXPERIMENT)}
+    monkeypatch.setattr(claims, "EXPERIMENTS", experiments)
+    monkeypatch.setattr(claims, "judge", lambda experiment, *_: {"name": experiment.name, "verdict": "", "ours": ""})
+    claims.run_experiments("all", tmp_path, base, [], 2, Console(quiet=True))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "base/0/run/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == [1, 2] and not [*tmp_path.glob("*/*-0/run")]
+    numbers = [json.loads((tmp_path / name / "result.json").read_text())["numbers"] for name in ("compression/learned-0", "mtp/MTP-0")]
+    assert numbers[0]["bits"] == numbers[1]["bits"] and "accepted" not in numbers[0] and len(numbers[1]) > len(numbers[0])
+
+
 def test_a_run_that_fails_is_named_with_its_last_words(base, tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "EXPERIMENTS", {"compression": dataclasses.replace(
         compression.EXPERIMENT, seeds=(0,), variants=compression.EXPERIMENT.variants[:1])})
@@ -215,7 +226,7 @@ def test_a_run_that_fails_is_named_with_its_last_words(base, tmp_path, monkeypat
 def test_an_interrupted_command_stops_its_runs_which_go_on_later(base, tmp_path):
     arguments = "lab", "run", "compression", "--recipe", base, "--out", tmp_path, "--jobs", 1, "--set", "schedule.steps=100000"
     process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    run = tmp_path / "compression/learned-0/run"
+    run = tmp_path / "base/0/run"
     deadline = time.monotonic() + 300
     while not (run / "checkpoints").is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
