@@ -120,7 +120,7 @@ def chat_body(seed: int, **changes: object) -> dict:
 
 
 async def many_streams(port: int, streams: int, seconds: float, first_turn: int = 0) -> dict:
-    """Each stream asks again as soon as it has its answer; no two of one number ask the same."""
+    """Each stream asks again as soon as it has its answer, from its question number `first_turn` on."""
     end = time.monotonic() + seconds
     tokens, failures, firsts = [0] * streams, 0, []
 

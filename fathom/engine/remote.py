@@ -81,15 +81,15 @@ class RemoteEngine:
         atexit.register(self._process.kill)  # before multiprocessing waits for its children
         work.close(), questions.close()
         self.settings = plan.settings
-        self._waiting: deque[tuple[int, int]] = deque()  # requests sent and not yet followed: (command, request)
+        self._waiting: deque[int] = deque()  # commands that added a request and are not followed yet
         self._open: dict[int, int] = {}  # by request: choices that are not finished
         self._sent = self._followed = self._requests = 0
         try:
             facts, self._stats = self._receive()
-        except EngineLost as lost:
-            raise CheckpointError(f"{plan.path}: {lost} while it was loading; is there enough memory?") from None
-        except BaseException:
+        except BaseException as error:
             self._end()
+            if isinstance(error, EngineLost):
+                raise CheckpointError(f"{plan.path}: {error} while it was loading; is there enough memory?") from None
             raise
         self.tokenizer, self.config, self.limits, self.block_tokens, self.slots = facts
 
@@ -115,7 +115,7 @@ class RemoteEngine:
             raise QueueFull(f"{self.settings.waiting} requests wait already; try again later")
         self._requests += 1
         self._send("add", request)
-        self._waiting.append((self._sent, self._requests))
+        self._waiting.append(self._sent)
         self._open[self._requests] = request.choices
         return self._requests
 
@@ -125,7 +125,7 @@ class RemoteEngine:
             return []
         report: Report = self._receive()
         self._stats, self._followed = report.stats, report.followed
-        while self._waiting and self._waiting[0][0] <= self._followed:
+        while self._waiting and self._waiting[0] <= self._followed:
             self._waiting.popleft()
         outputs = [output for output in report.outputs if output.request in self._open]
         for output in outputs:

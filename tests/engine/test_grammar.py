@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from fathom.engine.engine import Engine
 from fathom.engine.constraint import Grammars, Tool
+from fathom.engine.engine import Engine
 from fathom.engine.grammar import Compiler
 from fathom.engine.request import Request
 from fathom.engine.sampler import Sampling

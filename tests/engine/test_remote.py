@@ -112,6 +112,12 @@ def test_what_cannot_be_loaded_is_said_in_the_same_words(tmp_path, plan):
     assert str(here.value) == str(there.value)
 
 
+def test_a_child_that_dies_while_it_loads_is_one_line(plan):
+    with pytest.raises(CheckpointError, match="model.*exit code 1.* while it was loading; is there enough memory?") as caught:
+        RemoteEngine(replace(plan, threads=-1))  # torch refuses it, over there
+    assert "\n" not in str(caught.value)
+
+
 def test_a_child_that_dies_is_noticed_even_when_idle(plan):
     engine = RemoteEngine(plan)
     assert not engine.has_work
