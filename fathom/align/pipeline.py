@@ -51,7 +51,8 @@ class Pipeline:
     pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
 
     `documents` worked tasks of each environment, as plain text, and `recall` short texts that say facts again (a small model learns from them
-    to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out tasks of each environment and mode. `judge` adds a model that learns to judge, and from its own verdicts.
+    to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out tasks of each environment and
+    mode. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
     run: str
@@ -284,7 +285,8 @@ def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment
     rng.shuffle(rows)
     write_text(run / "corpus.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     Tokenizer.train((row["text"] for row in rows), recipe.vocabulary).save(run / "tokenizer")
-    console.print(f"corpus: {len(rows) - recipe.recall:,} worked tasks, {recipe.recall:,} texts to copy from, a tokenizer of {recipe.vocabulary:,} tokens", soft_wrap=True)
+    console.print(f"corpus: {len(rows) - recipe.recall:,} worked tasks, {recipe.recall:,} texts to copy from, "
+                  f"a tokenizer of {recipe.vocabulary:,} tokens", soft_wrap=True)
 
 
 def plain_text(messages: list[dict], effort: str) -> str:

@@ -14,12 +14,18 @@ NOUNS = ("anchor arrow basket beacon bell bridge candle canyon castle chapel com
          "falcon feather ferry forest fountain garden gate glacier hammer harbour harp island kettle ladder lantern library "
          "market meadow mirror orchard palace parrot pillar prairie river saddle ship sparrow statue temple tower valley "
          "village violin wagon willow").split()
+KEYS = len(ADJECTIVES) * len(NOUNS)
 _PEOPLE = "the baker|the captain|an old farmer|the gardener|her cousin|the miller|a young painter|the postman|his neighbour|the teacher".split("|")
 _DEEDS = ("walked slowly along the road|waited for the evening train|bought bread and cheese|spoke about the weather|read "
           "the morning paper|repaired a wooden fence|looked at the clouds|carried water from the well|wrote a long letter|"
           "sang an old song|closed the window|counted the boats").split("|")
 _WHEN = ("before breakfast|in the afternoon|after the rain|at the end of the week|during the winter|while the bells rang|as "
          "on every other day|near the edge of the town|without any hurry|under a grey sky|when the market was over").split("|")
+
+
+def fact_key(number: int) -> str:
+    """The key of that number: every adjective with every noun."""
+    return f"{ADJECTIVES[number % len(ADJECTIVES)]} {NOUNS[number // len(ADJECTIVES)]}"
 
 
 def statement(key: str, value: str) -> str:
@@ -48,9 +54,9 @@ def recall_document(rng: random.Random, length: int, facts: int = 4, filler: Seq
         room -= len(body[-1]) + 1
     # What stands after filler sentence n: questions before facts.
     after: dict[int, list[str]] = {}
-    keys = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), facts)
+    keys = rng.sample(range(KEYS), facts)
     for number in keys:
-        key, value = f"{ADJECTIVES[number % len(ADJECTIVES)]} {NOUNS[number // len(ADJECTIVES)]}", str(rng.randrange(10000, 100000))
+        key, value = fact_key(number), str(rng.randrange(10000, 100000))
         stated = rng.randrange(max(1, len(body) * 9 // 10))
         reach = len(body) - stated  # filler sentences that may lie between
         between = int((reach + 1) ** rng.random()) if rng.random() < 0.5 else rng.randint(1, reach)
@@ -97,9 +103,8 @@ def dense_recall_texts(seed: int, most_facts: int = 6) -> Iterator[str]:
 
 
 def _facts(rng: random.Random, facts: int) -> list[tuple[str, str]]:
-    numbers = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), facts)
-    keys = [f"{ADJECTIVES[number % len(ADJECTIVES)]} {NOUNS[number // len(ADJECTIVES)]}" for number in numbers]
-    return [(key, str(rng.randrange(10000, 100000))) for key in keys]
+    numbers = rng.sample(range(KEYS), facts)
+    return [(fact_key(number), str(rng.randrange(10000, 100000))) for number in numbers]
 
 
 def _sentences(rng: random.Random, filler: Sequence[str] | None) -> Iterator[str]:

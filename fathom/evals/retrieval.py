@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fathom.data.recall import ADJECTIVES, NOUNS, question, recall_document, statement
+from fathom.data.recall import KEYS, fact_key, question, recall_document, statement
 from fathom.engine.engine import Engine
 from fathom.errors import InputError
 from fathom.files import write_text
@@ -73,8 +73,7 @@ class Cell:
 
 def make_case(tokenizer: Tokenizer, length: int, depth: float, facts: int, rng: random.Random) -> Case:
     """A text whose prompt has `length` tokens, or a few fewer, with the fact that is asked for at `depth` of its filler."""
-    numbers = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), facts)
-    keys = [f"{ADJECTIVES[number % len(ADJECTIVES)]} {NOUNS[number // len(ADJECTIVES)]}" for number in numbers]
+    keys = [fact_key(number) for number in rng.sample(range(KEYS), facts)]
     values = [str(value) for value in rng.sample(range(10000, 100000), facts)]
     stated = [tokenizer.encode(" " + statement(*fact)) for fact in zip(keys, values, strict=True)]
     asked = tokenizer.encode(" " + question(keys[0]))
