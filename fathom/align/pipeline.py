@@ -27,6 +27,7 @@ from fathom.checkpoint.training import list_checkpoints
 from fathom.data.recall import dense_recall_texts
 from fathom.errors import FathomError, RecipeError
 from fathom.files import sha256, write_text
+from fathom.signals import termination_as_interrupt
 from fathom.text import chat
 from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 
@@ -100,7 +101,7 @@ class StageFailed(FathomError):
 
 
 def run_pipeline(recipe: Pipeline, root: Path, known: Mapping[str, Environment], report: Callable[[Pipeline], Path], console: Console) -> Path:
-    """Run what is missing and write the report; its path. KeyboardInterrupt after Ctrl-C, with every stage stopped and saved."""
+    """Run what is missing and write the report; its path. KeyboardInterrupt after Ctrl-C or SIGTERM, with every stage stopped and saved."""
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "recipe.toml", recipes.dump(recipe))
@@ -182,13 +183,14 @@ class Runner:
 
     def run(self) -> None:
         """Run until all are done. StageFailed names the first that failed and its log, after the others were stopped."""
-        try:
-            while len(self.done) < len(self.stages):
-                self._start()
-                time.sleep(POLL_SECONDS)
-                self._collect()
-        finally:
-            self._stop()
+        with termination_as_interrupt():
+            try:
+                while len(self.done) < len(self.stages):
+                    self._start()
+                    time.sleep(POLL_SECONDS)
+                    self._collect()
+            finally:
+                self._stop()
 
     def _skip_done(self) -> None:
         """Take over, in order, what was done before from the very same inputs."""

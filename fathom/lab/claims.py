@@ -24,6 +24,7 @@ from fathom.lab.bench.machine import commit
 from fathom.lab.experiment import Experiment, Variant
 from fathom.lab.experiments import EXPERIMENTS
 from fathom.lab.one_run import RESULT, training_folder
+from fathom.signals import termination_as_interrupt
 from fathom.train.pretrain import Pretrain
 from fathom.train.tracking import read_metrics
 
@@ -114,11 +115,11 @@ def _finished(job: Job, overrides: list[str]) -> bool:
 
 
 def _work(missing: list[Job], base: Path, overrides: list[str], jobs: int, steps: int, console: Console) -> list[Job]:
-    """Run processes, `jobs` at a time; those jobs that failed. On Ctrl-C they save and stop, too."""
+    """Run processes, `jobs` at a time; those jobs that failed. On Ctrl-C or SIGTERM they save and stop, too."""
     waiting, failed = deque(missing), []
     running: list[tuple[Job, subprocess.Popen, TaskID]] = []
     columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with termination_as_interrupt(), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         whole = progress.add_task("all runs", total=len(missing))
         try:
             while waiting or running:

@@ -33,15 +33,22 @@ QUIET = Console(quiet=True)
 
 # A stage that notes when it began and ended, waits for a file where one is named, fails or writes what it should make.
 PROGRAM = textwrap.dedent("""
-    import pathlib, sys, time
+    import pathlib, signal, sys, time
     name, makes, notes, gate, fails, *_ = sys.argv[1:]
-    with open(notes, "a") as file: file.write(f"begin {name}\\n")
+    def note(what):
+        with open(notes, "a") as file: file.write(f"{what} {name}\\n")
+    def save(*_):
+        time.sleep(0.2)
+        note("save")
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, save)
+    note("begin")
     while gate != "-" and not pathlib.Path(gate).exists(): time.sleep(0.02)
     if fails == "fails":
         print("out of luck"); sys.exit(3)
     pathlib.Path(makes).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(makes).write_text(name)
-    with open(notes, "a") as file: file.write(f"end {name}\\n")
+    note("end")
 """)
 
 
@@ -146,6 +153,13 @@ def test_a_killed_pipeline_takes_its_stages_along_and_goes_on_where_it_was(tmp_p
     assert notes(tmp_path)[-2:] == ["begin d", "end d"] and notes(tmp_path).count("begin a") == 1
     if sys.platform == "linux":
         assert notes(tmp_path).count("end d") == 1  # the first d died with its pipeline
+
+
+def test_sigterm_lets_stages_save(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: "begin d" in notes(tmp_path))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() and notes(tmp_path)[-1] == "save d"
 
 
 def micro(tmp_path, **changes):

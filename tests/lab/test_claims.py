@@ -223,14 +223,15 @@ def test_a_run_that_fails_is_named_with_its_last_words(base, tmp_path, monkeypat
         claims.run_experiments("compression", tmp_path, base, ['data.sources=["no-such-folder"]'], 1, Console(quiet=True))
 
 
-def test_an_interrupted_command_stops_its_runs_which_go_on_later(base, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_stops_its_runs_which_go_on_later(base, tmp_path, sent):
     arguments = "lab", "run", "compression", "--recipe", base, "--out", tmp_path, "--jobs", 1, "--set", "schedule.steps=100000"
     process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     run = tmp_path / "base/0/run"
     deadline = time.monotonic() + 300
     while not (run / "checkpoints").is_dir() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, sent)
     process.communicate(timeout=300)
     saved = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert process.returncode == 130 and saved
