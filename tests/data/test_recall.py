@@ -3,10 +3,11 @@
 import itertools
 import random
 import re
+from collections import Counter
 
 import pytest
 
-from fathom.data.recall import dense_recall_texts, question, recall_document, recall_texts, statement
+from fathom.data.recall import PAIR_STYLES, dense_recall_texts, question, recall_document, recall_texts, repeating_texts, statement
 
 STATED = re.compile(r"The code of the (\w+ \w+) is (\d{5})\.")
 ASKED = re.compile(r"Question: What is the code of the (\w+ \w+)\? Answer: (\d{5})\.")
@@ -74,3 +75,22 @@ def test_dense_texts_say_every_fact_again_and_only_the_key_tells_which():
     assert len(places) > 500 and 0.25 < sum(places) / len(places) < 0.75
     assert max(places.count(0.0), places.count(1.0)) < 0.6 * len(places)
     assert [*itertools.islice(dense_recall_texts(3), 5)] == [*itertools.islice(dense_recall_texts(3), 5)]
+
+
+def test_repeating_texts_say_everything_again():
+    """Of a run the whole, of pairs each, as often as the text has parts."""
+    runs = pairs = 0
+    for text in itertools.islice(repeating_texts(0), 500):
+        for between, link in PAIR_STYLES:
+            said = Counter(text.strip("\n").split(between))
+            if link in text and len(said) > 1 and all(link in part for part in said):
+                assert 2 <= len(said) <= 8 and len(set(said.values())) == 1 and 2 <= max(said.values()) <= 4
+                assert len({part.split(link)[0] for part in said}) == len(said)  # a name has one partner
+                pairs += 1
+                break
+        else:
+            words = text.split()
+            assert any(words[:len(words) // n] * n == words for n in (2, 3, 4))
+            runs += 1
+    assert 150 < runs < 250 and pairs == 500 - runs
+    assert [*itertools.islice(repeating_texts(3), 5)] == [*itertools.islice(repeating_texts(3), 5)]

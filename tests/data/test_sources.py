@@ -114,7 +114,7 @@ def test_parquet_without_its_library_says_what_to_install(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("settings, complaint", [
     (dict(path="a", weight=0.0), "weight of a is 0.0"), (dict(path="a", max_bytes=0), "max_bytes of a is 0"),
-    (dict(path="synthetic:poems", max_bytes=1), "there is no source 'synthetic:poems'; allowed: synthetic:recall, synthetic:recall-dense"),
+    (dict(path="synthetic:poems", max_bytes=1), "there is no source 'synthetic:poems'; allowed: synthetic:recall, synthetic:recall-dense, synthetic:repeats"),
     (dict(path="synthetic:recall"), "synthetic:recall never ends; give it max_bytes or max_documents")])
 def test_settings_that_make_no_sense_are_one_line(settings, complaint):
     with pytest.raises(RecipeError, match=complaint):
