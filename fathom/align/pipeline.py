@@ -111,7 +111,7 @@ def run_pipeline(recipe: Pipeline, root: Path, known: Mapping[str, Environment],
 
 
 def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
-    """All stages, each after those that it needs."""
+    """All stages, each after those that it needs and before its own scores."""
     run, found = Path(recipe.run), []
 
     def toml(*names: str) -> str:
@@ -154,7 +154,7 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
             paths = [str(run / stage) for stage in specialists.values()]
             found.append(StageCommand(f"{s}/average", ("average", *paths, "--out", str(run / s / "average")),
                                       tuple(specialists.values()), run / s / "average"))
-    return found + [_score(recipe, stage) for stage in found]
+    return [entry for stage in found for entry in (stage, _score(recipe, stage))]
 
 
 def _score(recipe: Pipeline, stage: StageCommand) -> StageCommand:
