@@ -51,7 +51,7 @@ class Pipeline:
     """A pipeline over `environments`. Recipes of the stages (base, specialist, grpo, student, distill, mixed .toml) lie beside the
     pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
 
-    `documents` worked tasks of each environment, as plain text, and `repeats` short texts that repeat themselves (a small model learns from
+    `documents` worked tasks of each environment (one number, or one for each), as plain text, and `repeats` short texts that repeat themselves (a small model learns from
     them to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out tasks of each environment and
     mode. `judge` adds a model that learns to judge, and from its own verdicts.
     """
@@ -60,7 +60,7 @@ class Pipeline:
     sizes: tuple[Size, ...]
     environments: tuple[str, ...] = ("math", "code", "agent", "instructions")
     levels: tuple[int, ...] = (1,)
-    documents: int = 3000
+    documents: tuple[int, ...] = (3000,)
     repeats: int = 0
     text: tuple[str, ...] = ()
     vocabulary: int = 2048
@@ -75,7 +75,9 @@ class Pipeline:
     def __post_init__(self):
         if not self.sizes or not self.environments or not any(size.full for size in self.sizes):
             raise RecipeError("a pipeline needs environments, and sizes, one of them full")
-        if min(self.documents, self.workers, self.tasks, self.score_tokens) < 1:
+        if len(self.documents) not in (1, len(self.environments)):
+            raise RecipeError(f"documents has {len(self.documents)} numbers; give one, or one for each of {len(self.environments)} environments")
+        if min(*self.documents, self.workers, self.tasks, self.score_tokens) < 1:
             raise RecipeError("documents, workers, tasks and score_tokens must be at least 1")
         if self.repeats < 0:
             raise RecipeError(f"repeats is {self.repeats}; allowed: 0 or more texts")
@@ -280,9 +282,10 @@ def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment
     if (run / "tokenizer" / "tokenizer.json").is_file():
         return
     rows, descriptions, rng = [], [], random.Random(f"{recipe.seed}/corpus")
-    for name in recipe.environments:
+    counts = recipe.documents * (len(recipe.environments) // len(recipe.documents))
+    for name, count in zip(recipe.environments, counts, strict=True):
         levels = [level for level in recipe.levels if level in known[name].levels] or [known[name].levels[0]]
-        for _ in range(recipe.documents):
+        for _ in range(count):
             task = known[name].task(rng.randrange(SEEDS), "train", rng.choice(levels))
             effort = rng.choices([*EFFORTS], (4, 5, 1))[0]
             asked = [message for message in task.messages if not message.get("tools")]

@@ -164,26 +164,26 @@ def test_sigterm_lets_stages_save(tmp_path):
 
 def micro(tmp_path, **changes):
     return Pipeline(**dict(run=str(tmp_path / "run"), sizes=(Size("flash", "m.json"), Size("pro", "m.json", False)), environments=("letters", "looking"),
-                           documents=6, vocabulary=420, tasks=2) | changes)
+                           documents=(6,), vocabulary=420, tasks=2) | changes)
 
 
 def test_the_corpus_is_plain_text_and_made_once(tmp_path):
-    recipe = micro(tmp_path, repeats=5)
+    recipe = micro(tmp_path, documents=(4, 8), repeats=5)
     (tmp_path / "run").mkdir()
     prepare_corpus(recipe, tmp_path, TOYS, QUIET)
     texts = [json.loads(line)["text"] for line in (tmp_path / "run" / "corpus.jsonl").read_text().splitlines()]
-    assert len(texts) == 17 and not any("tool name and parameter schema" in text for text in texts)
+    assert len(texts) == 17 and sum("<invoke name=" in text for text in texts) == 8 and not any("tool name and parameter schema" in text for text in texts)
     assert not any(token in text for text in texts for token in SPECIAL_TOKENS)
     assert any("<invoke name=" in text and "<tool_result>" in text for text in texts)
     first = Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint
-    prepare_corpus(micro(tmp_path, documents=3), tmp_path, TOYS, QUIET)
+    prepare_corpus(micro(tmp_path, documents=(3,)), tmp_path, TOYS, QUIET)
     assert Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint == first
     task = Domains()["math"].task(1)
     assert task.question in plain_text(task.messages + Domains()["math"].demonstration(task, "high"), "high")
 
 
 def test_recipes_that_cannot_work_are_refused(tmp_path):
-    for changes in (dict(sizes=()), dict(sizes=(Size("pro", "m.json", False),)), dict(tasks=0), dict(repeats=-1)):
+    for changes in (dict(sizes=()), dict(sizes=(Size("pro", "m.json", False),)), dict(tasks=0), dict(repeats=-1), dict(documents=(1, 2, 3))):
         with pytest.raises(RecipeError):
             micro(tmp_path, **changes)
     with pytest.raises(RecipeError, match="base.toml is missing"):
