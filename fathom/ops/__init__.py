@@ -1,5 +1,9 @@
 """The operators: everything heavy that the layers above may call, each a definition behind dispatch."""
 
+from importlib.util import find_spec
+
+import torch
+
 import fathom.ops.cpu.attention
 import fathom.ops.cpu.experts
 import fathom.ops.cpu.grouped_attention
@@ -29,6 +33,9 @@ from fathom.ops.losses import IGNORE, cross_entropy, index_divergence, sequence_
 from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import wide
 from fathom.ops.streams import collapse_coefficients, sinkhorn, stream_coefficients, streams_in, streams_out
+
+if torch.cuda.is_available() and find_spec("triton"):
+    import fathom.ops.triton.kernels  # noqa: F401  (registers them)
 
 __all__ = [
     "IGNORE", "Entries", "Matrix", "Window", "attended_entries", "attention", "clamped_swiglu", "collapse_coefficients",

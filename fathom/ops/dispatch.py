@@ -52,6 +52,11 @@ def op(definition: Callable) -> Op:
     return Op(definition)
 
 
+def preferred() -> str | None:
+    """The implementation that a surrounding `using` asks for."""
+    return _preferred.get()
+
+
 @contextmanager
 def using(name: str) -> Iterator[None]:
     """Prefer the implementation called `name` ("definition" forces the definitions) inside this block."""

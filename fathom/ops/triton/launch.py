@@ -1,0 +1,21 @@
+"""What all kernels share: where they run, and how many programs a size needs."""
+
+import torch
+import triton
+from torch import Tensor
+
+from fathom.ops.dispatch import preferred
+
+NAME = "triton"
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Whether kernels take these tensors [...]: float32 or bfloat16 ones on a GPU, or on CPU where the interpreter is asked for by name."""
+    interpreted = triton.knobs.runtime.interpret and preferred() == NAME
+    return all(x.dtype in DTYPES and (x.is_cuda or interpreted) for x in tensors)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`: the shape of a tile that holds a whole row."""
+    return triton.next_power_of_2(size)

@@ -1,0 +1,134 @@
+"""Cross-entropy on GPUs: the logits exist in tiles only, in its backward pass in chunks of the vocabulary.
+
+Forward, a program takes a tile of tokens through a chunk of the vocabulary with a running log-sum-exp. Backward, the gradient of the logits is
+computed anew for one chunk at a time, and two products add it to the gradient of hidden and make the chunk's rows of the head's: each number
+is summed by one program in a fixed order. Products multiply in the inputs' dtype and add in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fathom.ops.losses import IGNORE, cross_entropy
+from fathom.ops.triton.launch import NAME, runs
+
+_CHUNK_V = 4096  # a multiple of the tile; the largest intermediate is [N, chunk], about the size of hidden
+_TILE = 128  # tokens, classes or channels of a tile of a product
+_TILE_BYTES = 128  # of the summed axis: 32 numbers of float32, 64 of bfloat16
+_WARPS = 8
+
+
+@triton.jit
+def _tile_product(a_MK, b_KN, m, n, M, N, K, a_stride_m, a_stride_k, b_stride_k, b_stride_n, product_mn, TILE_K: tl.constexpr):
+    """product + a @ b at rows m and columns n of matrices with any strides."""
+    m, n = m.to(tl.int64)[:, None], n.to(tl.int64)[None, :]
+    for start in range(0, K, TILE_K):
+        k = start + tl.arange(0, TILE_K).to(tl.int64)
+        a_mk = tl.load(a_MK + m * a_stride_m + k[None, :] * a_stride_k, mask=(m < M) & (k[None, :] < K), other=0.0)
+        b_kn = tl.load(b_KN + k[:, None] * b_stride_k + n * b_stride_n, mask=(k[:, None] < K) & (n < N), other=0.0)
+        product_mn = tl.dot(a_mk, b_kn, product_mn, input_precision="ieee")
+    return product_mn
+
+
+@triton.jit
+def _log_sum_exp(hidden_NW, head_VW, target_N, largest_CN, total_CN, chosen_N, N, V, W, CHUNK_V: tl.constexpr, TILE: tl.constexpr,
+                 TILE_W: tl.constexpr):
+    """Over one chunk of the vocabulary: the largest logit and the sum of exp(logits - largest); the target's logit where it is in the chunk."""
+    chunk, n = tl.program_id(0), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    first, last = chunk * CHUNK_V, tl.minimum(V, (chunk + 1) * CHUNK_V)
+    target_n = tl.load(target_N + n, mask=n < N, other=-1)
+    largest_n = tl.full((TILE,), float("-inf"), tl.float32)
+    total_n, chosen_n = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    for start in range(first, last, TILE):
+        # logits = hidden @ head.T
+        v = start + tl.arange(0, TILE)
+        logits_nv = _tile_product(hidden_NW, head_VW, n, v, N, V, W, W, 1, 1, W, tl.zeros((TILE, TILE), tl.float32), TILE_W)
+        chosen_n += tl.sum(tl.where(v[None, :] == target_n[:, None], logits_nv, 0.0), 1)
+        logits_nv = tl.where(v[None, :] < V, logits_nv, float("-inf"))
+        new_n = tl.maximum(largest_n, tl.max(logits_nv, 1))
+        total_n = total_n * tl.exp(largest_n - new_n) + tl.sum(tl.exp(logits_nv - new_n[:, None]), 1)
+        largest_n = new_n
+    tl.store(largest_CN + chunk.to(tl.int64) * N + n, largest_n, mask=n < N)
+    tl.store(total_CN + chunk.to(tl.int64) * N + n, total_n, mask=n < N)
+    tl.store(chosen_N + n, chosen_n, mask=(n < N) & (target_n >= first) & (target_n < last))
+
+
+@triton.jit
+def _logits_grad(hidden_NW, head_VW, target_N, largest_N, total_N, grad, logits_grad_NV, first, N, V, W, chunk_V, TILE: tl.constexpr,
+                 TILE_W: tl.constexpr):
+    """grad * (softmax(logits) - [v is the target]), a tile of the chunk of classes from `first` on, in the dtype that products multiply in."""
+    n, c = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    v = first + c
+    logits_nv = _tile_product(hidden_NW, head_VW, n, v, N, V, W, W, 1, 1, W, tl.zeros((TILE, TILE), tl.float32), TILE_W)
+    target_n = tl.load(target_N + n, mask=n < N, other=-1)
+    largest_n = tl.load(largest_N + n, mask=n < N, other=0.0)
+    total_n = tl.load(total_N + n, mask=n < N, other=1.0)
+    share_nv = tl.exp(logits_nv - largest_n[:, None]) / total_n[:, None]
+    logits_grad_nv = tl.load(grad).to(tl.float32) * (share_nv - tl.where(v[None, :] == target_n[:, None], 1.0, 0.0))
+    tl.store(logits_grad_NV + n.to(tl.int64)[:, None] * chunk_V + c[None, :], logits_grad_nv, mask=(n[:, None] < N) & (c[None, :] < chunk_V))
+
+
+@triton.jit
+def _product(a_MK, b_KN, out_MN, M, N, K, a_stride_m, a_stride_k, ADD: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr):
+    """out = a @ b, or out += a @ b, for a with any strides."""
+    m, n = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    place_mn, real_mn = m.to(tl.int64)[:, None] * N + n[None, :], (m[:, None] < M) & (n[None, :] < N)
+    out_mn = tl.zeros((TILE, TILE), tl.float32)
+    if ADD:
+        out_mn = tl.load(out_MN + place_mn, mask=real_mn, other=0.0)
+    tl.store(out_MN + place_mn, _tile_product(a_MK, b_KN, m, n, M, N, K, a_stride_m, a_stride_k, N, 1, out_mn, TILE_K), mask=real_mn)
+
+
+def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, add: bool) -> None:
+    """out [M, N] = a [M, K] b [K, N], or what it holds plus that; b and out contiguous."""
+    (M, K), N = a_MK.shape, b_KN.shape[1]
+    _product[triton.cdiv(N, _TILE), triton.cdiv(M, _TILE)](
+        a_MK, b_KN, out_MN, M, N, K, *a_MK.stride(), add, _TILE, _TILE_BYTES // a_MK.element_size(), num_warps=_WARPS)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Of hidden and head, both contiguous and of one dtype; statistics are those of the n kept tokens."""
+
+    @staticmethod
+    def forward(ctx, hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor) -> Tensor:
+        kept_n, (V, W) = (target_N != IGNORE).nonzero().squeeze(1), head_VW.shape
+        hidden_nW, target_n, n, chunks = hidden_NW.index_select(0, kept_n), target_N.index_select(0, kept_n), len(kept_n), triton.cdiv(V, _CHUNK_V)
+        largest_Cn, total_Cn = hidden_NW.new_empty(2, chunks, n, dtype=torch.float32)
+        chosen_n = largest_Cn.new_empty(n)
+        _log_sum_exp[chunks, triton.cdiv(n, _TILE)](
+            hidden_nW, head_VW, target_n, largest_Cn, total_Cn, chosen_n, n, V, W, _CHUNK_V, _TILE, _TILE_BYTES // head_VW.element_size(),
+            num_warps=_WARPS)
+        largest_n = largest_Cn.amax(0)
+        total_n = (total_Cn * (largest_Cn - largest_n).exp()).sum(0)
+        ctx.save_for_backward(hidden_NW, head_VW, kept_n, target_n, largest_n, total_n)
+        return (largest_n - chosen_n + total_n.log()).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden_NW, head_VW, kept_n, *statistics = ctx.saved_tensors
+        hidden_nW, (V, W), n = hidden_NW.index_select(0, kept_n), head_VW.shape, len(kept_n)
+        hidden_grad_nW = hidden_nW.new_zeros(n, W, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        head_grad_VW = torch.empty_like(head_VW) if ctx.needs_input_grad[1] else None
+        for first in range(0, V, _CHUNK_V):
+            head_vW = head_VW[first:first + _CHUNK_V]
+            logits_grad_nv = hidden_nW.new_empty(n, len(head_vW))
+            _logits_grad[triton.cdiv(len(head_vW), _TILE), triton.cdiv(n, _TILE)](
+                hidden_nW, head_VW, *statistics, grad, logits_grad_nv, first, n, V, W, len(head_vW), _TILE, _TILE_BYTES // head_VW.element_size(),
+                num_warps=_WARPS)
+            if hidden_grad_nW is not None:
+                _multiply(logits_grad_nv, head_vW, hidden_grad_nW, add=True)
+            if head_grad_VW is not None:
+                _multiply(logits_grad_nv.T, hidden_nW, head_grad_VW[first:first + _CHUNK_V], add=False)
+        if hidden_grad_nW is None:
+            return None, head_grad_VW, None
+        hidden_grad_NW = torch.zeros_like(hidden_NW).index_copy_(0, kept_n, hidden_grad_nW.to(hidden_NW.dtype))
+        return hidden_grad_NW, head_grad_VW, None
+
+
+@cross_entropy.register(NAME, supports=lambda hidden_NW, head_VW, target_N: hidden_NW.dtype == head_VW.dtype and runs(hidden_NW, head_VW))
+def cross_entropy_triton(hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor) -> Tensor:
+    """`cross_entropy` for hidden and head of one dtype; in bfloat16 their gradients come from gradients of the logits rounded to it."""
+    return _CrossEntropy.apply(hidden_NW.contiguous(), head_VW.contiguous(), target_N)

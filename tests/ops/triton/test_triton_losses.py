@@ -1,0 +1,141 @@
+"""The cross-entropy kernels against the definition in float64, under Triton's interpreter."""
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed (pip install 'fathom[gpu]')")
+
+import torch
+
+from fathom import ops
+from fathom.ops import IGNORE
+from fathom.ops.triton import losses as kernels
+
+
+def problem(N, V, W=8, ignored=(), seed=0, size=1.0):
+    """hidden [N, W], head [V, W], target [N] with `ignored` positions left out."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, head = torch.randn(N, W, generator=generator), torch.randn(V, W, generator=generator) * size
+    target = torch.randint(0, V, (N,), generator=generator)
+    target[list(ignored)] = IGNORE
+    return hidden, head, target
+
+
+def loss_and_gradients(hidden, head, target, implementation, weight=1.0):
+    leaves = [x.detach().requires_grad_() for x in (hidden, head)]
+    with ops.using(implementation):
+        assert ops.cross_entropy.choose(*leaves, target)[0] == implementation
+        loss = ops.cross_entropy(*leaves, target)
+    return [loss, *torch.autograd.grad(loss * weight, leaves)]
+
+
+def assert_as_defined(hidden, head, target, weight=1.0):
+    """Kernels in float32 against the definition in float64."""
+    exact = loss_and_gradients(hidden.double(), head.double(), target, "definition", weight)
+    fast = loss_and_gradients(hidden, head, target, "triton", weight)
+    for expected, actual in zip(exact, fast, strict=True):
+        assert actual.shape == expected.shape and actual.dtype == torch.float32
+        assert (actual - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize(("N", "V", "ignored"), [
+    (1, 1, []), (1, 7, []), (5, 11, [0, 4]), (9, 300, range(8)), (40, 33, range(0, 40, 2))],
+    ids=["one class", "one token", "edges ignored", "one target", "every other"])
+def test_cross_entropy_is_the_definition(N, V, ignored):
+    assert_as_defined(*problem(N, V, ignored=ignored))
+
+
+@pytest.mark.parametrize("size", [127, 128, 129])
+def test_cross_entropy_is_the_definition_at_the_edges_of_tiles(size):
+    assert_as_defined(*problem(size, 20, ignored=[0, 2]), weight=-0.3)
+    assert_as_defined(*problem(20, size))
+    assert_as_defined(*problem(3, 5, W=size))
+
+
+@pytest.mark.parametrize("V", [128, 256, 257, 513, 640])
+def test_chunks_of_the_vocabulary_are_joined(V, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_V", 256)
+    assert_as_defined(*problem(6, V, ignored=[1]), weight=0.7)
+
+
+def test_no_tensor_is_as_large_as_all_logits(monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_V", 128)
+    largest = 0
+
+    class Recording(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point():  # the interpreter sees bytes too
+                largest = max(largest, out.numel())
+            return out
+
+    hidden, head, target = problem(150, 512, W=4)
+    with Recording():
+        loss_and_gradients(hidden, head, target, "triton")
+    assert largest == 150 * 128
+
+
+def test_confident_and_wrong_predictions_keep_their_precision(monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_V", 128)
+    hidden, head, target = problem(20, 150, size=40.0)
+    found = loss_and_gradients(hidden, head, target, "triton")
+    assert found[0] > 1000 and all(x.isfinite().all() for x in found)
+    assert_as_defined(hidden, head, target)
+    assert_as_defined(hidden, head, (hidden @ head.T).argmax(-1))
+
+
+def test_all_targets_ignored_is_zero_with_zero_gradients():
+    for x in loss_and_gradients(*problem(6, 10, ignored=range(6)), "triton"):
+        assert x.count_nonzero() == 0
+
+
+def test_layout_of_hidden_and_head_does_not_matter():
+    hidden, head, target = problem(12, 10)
+    assert_as_defined(hidden.T.contiguous().T, head.repeat_interleave(2, 0)[::2], target)
+    assert_as_defined(hidden[:1].expand(12, -1), head, target)
+
+
+def test_only_the_gradients_asked_for_are_made(monkeypatch):
+    hidden, head, target = problem(12, 10)
+    _, *gradients = loss_and_gradients(hidden, head, target, "triton")
+    products, multiply = [], kernels._multiply
+    monkeypatch.setattr(kernels, "_multiply", lambda *args, **kwargs: products.append(multiply(*args, **kwargs)))
+    for only, expected in enumerate(gradients):
+        leaves = [hidden.clone(), head.clone()]
+        leaves[only].requires_grad_()
+        with ops.using("triton"):
+            loss = ops.cross_entropy(*leaves, target)
+        assert torch.equal(torch.autograd.grad(loss, leaves[only])[0], expected)
+        assert len(products) == only + 1
+
+
+def test_two_runs_give_the_same_bits_and_so_does_a_token_among_others(monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_V", 128)
+    hidden, head, target = problem(140, 200, W=40)
+    first, second = (loss_and_gradients(hidden, head, target, "triton") for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    alone = loss_and_gradients(hidden[-1:], head, target[-1:], "triton")
+    kept = target.clone()
+    kept[:-1] = IGNORE
+    assert torch.equal(alone[0], loss_and_gradients(hidden, head, kept, "triton")[0])
+    assert torch.equal(alone[1], first[1][-1:])
+
+
+def test_bfloat16_is_the_definition_but_for_rounding_the_gradients(monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_V", 128)
+    hidden, head, target = problem(40, 200, W=70, ignored=[3], size=0.2)
+    hidden, head = hidden.bfloat16(), head.bfloat16()
+    exact = loss_and_gradients(hidden.double(), head.double(), target, "definition")
+    fast = loss_and_gradients(hidden, head, target, "triton")
+    assert [x.dtype for x in fast] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert (fast[0] - exact[0]).abs() <= 1e-5 * exact[0].abs()
+    for expected, actual in zip(exact[1:], fast[1:], strict=True):
+        assert (actual - expected).abs().max() <= 2**-6 * expected.abs().max()
+
+
+def test_what_kernels_do_not_take_is_left_to_the_definition():
+    hidden, head, target = problem(3, 4)
+    assert ops.cross_entropy.choose(hidden, head, target)[0] == "cpu"  # nobody asked for the interpreter
+    with ops.using("triton"):
+        assert ops.cross_entropy.choose(hidden.double(), head.double(), target)[0] == "definition"
+        assert ops.cross_entropy.choose(hidden.bfloat16(), head, target)[0] == "definition"
