@@ -1,9 +1,12 @@
-"""What holds for every test: no deadline for properties (a busy machine makes them wait), and children that hear Ctrl-C."""
+"""What holds for every test: no deadline for properties (a busy machine makes them wait), children that hear Ctrl-C, kernels interpreted."""
 
+import os
 import signal
 import threading
 
 from hypothesis import settings
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own functions are made when it is imported
 
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")

@@ -40,7 +40,8 @@ def model(request):
 # ---- against transformers
 
 def theirs(name: str, **settings):
-    """A transformers config with eager attention."""
+    """A transformers config with eager attention; what is made from it gets the same random weights every time."""
+    torch.manual_seed(0)
     config = AutoConfig.for_model(name, **settings)
     config._attn_implementation = "eager"
     return config
