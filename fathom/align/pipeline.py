@@ -33,6 +33,7 @@ from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 
 POLL_SECONDS = 0.2
 JUDGING = ("judging", "judged-math")
+OF_CORPUS = ("environments", "levels", "documents", "repeats", "vocabulary", "seed")  # the fields that decide corpus and tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Pipeline:
     """A pipeline over `environments`. Recipes of the stages (base, specialist, grpo, student, distill, mixed .toml) lie beside the
     pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
 
-    `documents` worked tasks of each environment (one number, or one for each), as plain text, and `repeats` short texts that repeat themselves (a small model learns from
-    them to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out tasks of each environment and
-    mode. `judge` adds a model that learns to judge, and from its own verdicts.
+    `documents` worked tasks of each environment (one number, or one for each), as plain text, and `repeats` short texts that repeat themselves
+    (a small model learns from them to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out
+    tasks of each environment and mode. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
     run: str
@@ -90,12 +91,13 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class StageCommand:
-    """A stage: its name, what `fathom` runs, the stages before it, and the folder or file that it makes."""
+    """A stage: its name, what `fathom` runs, the stages before it, the folder or file that it makes, and files that it reads beside those."""
 
     name: str
     arguments: tuple[str, ...]
     after: tuple[str, ...]
     makes: Path
+    reads: tuple[Path, ...] = ()
 
 
 class StageFailed(FathomError):
@@ -122,17 +124,19 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
             raise RecipeError(f"{root / names[-1]}.toml is missing; the pipeline needs a recipe for this stage")
         return str(path)
 
-    def add(name: str, verb: str, recipe_file: str, after: Sequence[str], **fields: object) -> str:
+    def add(name: str, verb: str, recipe_file: str, after: Sequence[str], reads: Sequence[str] = (), **fields: object) -> str:
         settings = {"run": str(run / name)} | fields
         sets = [part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={_toml(value)}")]
-        found.append(StageCommand(name, (verb, recipe_file, *sets), tuple(after), run / name))
+        found.append(StageCommand(name, (verb, recipe_file, *sets), tuple(after), run / name, tuple(map(Path, reads))))
         return name
 
     sources = [str((run / "corpus.jsonl").resolve()), *(str((root / path).resolve()) for path in recipe.text)]
+    tokenizer = (run / "tokenizer").resolve()
     for size in recipe.sizes:
         s = size.name
-        base = add(f"{s}/base", "train", toml(f"base-{s}", "base"), (), model=str((root / size.model).resolve()), data__sources=sources,
-                   data__tokenizer=str((run / "tokenizer").resolve()))
+        model = str((root / size.model).resolve())
+        base = add(f"{s}/base", "train", toml(f"base-{s}", "base"), (), [*sources, str(tokenizer / "tokenizer.json"), model], model=model,
+                   data__sources=sources, data__tokenizer=str(tokenizer))
         specialists = {}
         for name in recipe.environments if size.full else ():
             started = add(f"{s}/sft-{name}", "sft", toml(f"specialist-{name}", f"specialist-{s}", "specialist"), [base],
@@ -225,9 +229,10 @@ class Runner:
         return bool(list_checkpoints(stage.makes))
 
     def _key(self, stage: StageCommand) -> dict:
-        """All that decides what a stage makes: its command, its recipe, and the results of the stages before it."""
+        """All that decides what a stage makes: its command, its recipe, the files it reads, and the results of the stages before it."""
         recipe = sha256(Path(stage.arguments[1])) if stage.arguments[1].endswith(".toml") else None
-        return {"arguments": [*stage.arguments], "recipe": recipe, "inputs": {name: _checksums(self.by_name[name].makes) for name in stage.after}}
+        return {"arguments": [*stage.arguments], "recipe": recipe, "files": [sha256(path) for path in stage.reads],
+                "inputs": {name: _checksums(self.by_name[name].makes) for name in stage.after}}
 
     def _collect(self) -> None:
         for stage, (process, began) in [*self.running.items()]:
@@ -276,10 +281,12 @@ class Runner:
 def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment], console: Console) -> None:
     """Write `corpus.jsonl`, worked tasks of the training side as plain text, and the tokenizer that all sizes share.
 
-    The tokenizer sees the tools' descriptions, which are the same in all tasks of a domain; the corpus leaves them out.
+    The tokenizer sees the tools' descriptions, which are the same in all tasks of a domain; the corpus leaves them out. What a recipe that says
+    the same wrote before is kept.
     """
     run = Path(recipe.run)
-    if (run / "tokenizer" / "tokenizer.json").is_file():
+    marker, key = run / "corpus.json", json.dumps({name: getattr(recipe, name) for name in OF_CORPUS}, indent=2) + "\n"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == key:
         return
     rows, descriptions, rng = [], [], random.Random(f"{recipe.seed}/corpus")
     counts = recipe.documents * (len(recipe.environments) // len(recipe.documents))
@@ -296,6 +303,7 @@ def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment
     rng.shuffle(rows)
     write_text(run / "corpus.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     Tokenizer.train(chain(descriptions, (row["text"] for row in rows)), recipe.vocabulary).save(run / "tokenizer")
+    write_text(marker, key)
     console.print(f"corpus: {len(rows) - recipe.repeats:,} worked tasks, {recipe.repeats:,} texts to copy from, "
                   f"a tokenizer of {recipe.vocabulary:,} tokens", soft_wrap=True)
 

@@ -1,5 +1,6 @@
 """The pipeline: its recipes fit its stages, order, markers, failures and kills, and a report that says what the scores say."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -113,6 +114,15 @@ def test_what_was_made_from_other_inputs_is_made_anew(tmp_path):
     assert notes(tmp_path)[8:] == ["begin b2", "end b2", "begin d", "end d"]
 
 
+def test_a_stage_whose_files_changed_runs_again(tmp_path):
+    (tmp_path / "corpus").write_text("one")
+    reading = StageCommand(*dataclasses.astuple(stage(tmp_path, "a"))[:4], reads=(tmp_path / "corpus",))
+    for text, runs in (("one", 1), ("one", 1), ("two", 2)):
+        (tmp_path / "corpus").write_text(text)
+        Scripted(tmp_path, [reading], 2, QUIET).run()
+        assert notes(tmp_path).count("end a") == runs
+
+
 def test_two_run_at_a_time(tmp_path):
     gate = tmp_path / "gate"
     many = [stage(tmp_path, name, gate=gate) for name in "xyz"]
@@ -167,7 +177,7 @@ def micro(tmp_path, **changes):
                            documents=(6,), vocabulary=420, tasks=2) | changes)
 
 
-def test_the_corpus_is_plain_text_and_made_once(tmp_path):
+def test_the_corpus_is_plain_text_and_made_once_for_a_recipe(tmp_path):
     recipe = micro(tmp_path, documents=(4, 8), repeats=5)
     (tmp_path / "run").mkdir()
     prepare_corpus(recipe, tmp_path, TOYS, QUIET)
@@ -176,8 +186,12 @@ def test_the_corpus_is_plain_text_and_made_once(tmp_path):
     assert not any(token in text for text in texts for token in SPECIAL_TOKENS)
     assert any("<invoke name=" in text and "<tool_result>" in text for text in texts)
     first = Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint
+    made = (tmp_path / "run" / "corpus.jsonl").stat()
+    prepare_corpus(micro(tmp_path, documents=(4, 8), repeats=5, tasks=9), tmp_path, TOYS, QUIET)
+    assert (tmp_path / "run" / "corpus.jsonl").stat() == made
     prepare_corpus(micro(tmp_path, documents=(3,)), tmp_path, TOYS, QUIET)
-    assert Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint == first
+    assert len((tmp_path / "run" / "corpus.jsonl").read_text().splitlines()) == 6
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint != first
     task = Domains()["math"].task(1)
     assert task.question in plain_text(task.messages + Domains()["math"].demonstration(task, "high"), "high")
 

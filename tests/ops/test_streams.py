@@ -29,20 +29,20 @@ def mixing_inputs(B, S, N, W, dtype=torch.float32):
 
 
 def values_and_gradients(operator, inputs, *constants, implementation):
-    """Outputs, and the gradients of a fixed random combination of them with respect to every input."""
+    """Outputs, and the gradients of a fixed random combination of them, with weights exact in bfloat16, with respect to every input."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     with ops.using(implementation):
         assert operator.choose(*leaves, *constants)[0] == implementation
         outputs = operator(*leaves, *constants)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    cotangents = [random(*x.shape, seed=9 + i).to(x.dtype) for i, x in enumerate(outputs)]
+    cotangents = [random(*x.shape, seed=9 + i).bfloat16().to(x.dtype) for i, x in enumerate(outputs)]
     return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
 
 
-def assert_as_defined(operator, inputs, *constants, rounding=2e-5):
-    """The CPU implementation in float32 against the definition in float64, relative to each tensor's largest entry."""
+def assert_as_defined(operator, inputs, *constants, rounding=2e-5, implementation="cpu"):
+    """An implementation in float32 against the definition in float64, relative to each tensor's largest entry."""
     exact = values_and_gradients(operator, [x.double() for x in inputs], *constants, implementation="definition")
-    fast = values_and_gradients(operator, inputs, *constants, implementation="cpu")
+    fast = values_and_gradients(operator, inputs, *constants, implementation=implementation)
     for expected, actual in zip(exact, fast, strict=True):
         assert actual.shape == expected.shape and actual.dtype == torch.float32
         assert (actual - expected).abs().max() <= rounding * max(1.0, expected.abs().max())

@@ -11,9 +11,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def runs(*tensors: Tensor) -> bool:
-    """Whether kernels take these tensors [...]: float32 or bfloat16 ones on a GPU, or on CPU where the interpreter is asked for by name."""
-    interpreted = triton.knobs.runtime.interpret and preferred() == NAME
-    return all(x.dtype in DTYPES and (x.is_cuda or interpreted) for x in tensors)
+    """Whether kernels take these tensors [...]: float32 or bfloat16 ones on the current GPU (Triton launches there, wherever the tensors are),
+    or on CPU where the interpreter is asked for by name.
+    """
+    if any(x.is_cuda for x in tensors):
+        here = all(x.is_cuda and x.device.index == torch.cuda.current_device() for x in tensors)
+    else:
+        here = triton.knobs.runtime.interpret and preferred() == NAME
+    return here and all(x.dtype in DTYPES for x in tensors)
 
 
 def power_of_two(size: int) -> int:

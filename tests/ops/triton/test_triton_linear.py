@@ -1,5 +1,7 @@
 """Packed products in Triton: the definition's numbers bit for bit, its sums in float64 to rounding, gradients of the inputs."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,42 +10,19 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'fath
 from fathom import ops
 from fathom.ops.triton.linear import linear_triton
 from fathom.quant.formats import E4M3, E8M0, Packed, dequantise
+from tests.ops.test_linear import assert_is_product, assert_same_bits
+from tests.ops.test_linear import packed as random_packed
 
 KINDS = [("fp8", E8M0, torch.float32), ("fp8", E8M0, torch.bfloat16), ("fp8", torch.float32, torch.float32), ("fp8", torch.float32, torch.bfloat16),
          ("fp4", E8M0, torch.float32), ("fp4", E8M0, torch.bfloat16), ("fp4", torch.float32, torch.float32)]
 MATRICES = [(1, 2), (65, 34), (160, 130), (130, 262)]
 
 
-def packed(kind, scale_dtype, shape, low=120, high=125):
-    """Random codes, every FP8 number among them, and scales from 2^(low - 127) to 2^(high - 127), or beside the powers of two."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    *stack, rows, columns = shape
-    if kind == "fp4":
-        codes = torch.randint(-128, 128, (*stack, rows, columns // 2), generator=generator, dtype=torch.int8)
-        scale_shape = *stack, rows, -(-columns // 32)
-    else:
-        byte = torch.randint(0, 254, shape, generator=generator)
-        codes = (byte + (byte >= 127)).to(torch.uint8).view(E4M3)  # all but 127 and 255, which are no numbers
-        scale_shape = *stack, -(-rows // 128), -(-columns // 128)
-    scale = torch.randint(low, high, scale_shape, generator=generator).to(torch.uint8).view(E8M0)
-    return Packed(codes, scale if scale_dtype == E8M0 else scale.float() * (1 + torch.rand(scale_shape, generator=generator)))
+packed = partial(random_packed, low=120, high=125)
 
 
 def inputs(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1])).to(dtype)
-
-
-def assert_same_bits(one, other):
-    integer = {4: torch.int32, 2: torch.int16}[other.element_size()]
-    assert one.dtype == other.dtype and torch.equal(one.view(integer), other.view(integer))
-
-
-def assert_is_product(out, x, matrix):
-    """`out` is x times the matrix (float64) up to a few roundings of the sum in float32 and one of the result."""
-    exact, size = x.double() @ matrix.mT, x.double().abs() @ matrix.abs().mT
-    bound = 4 * torch.finfo(torch.float32).eps * size + torch.finfo(out.dtype).eps * exact.abs()
-    assert out.dtype == x.dtype and out.shape == exact.shape
-    assert ((out.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("shape", MATRICES)

@@ -1,5 +1,7 @@
 """The cross-entropy kernels against the definition in float64, under Triton's interpreter."""
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'fathom[gpu]')")
@@ -9,32 +11,11 @@ import torch
 from fathom import ops
 from fathom.ops import IGNORE
 from fathom.ops.triton import losses as kernels
+from tests.ops.test_losses import assert_as_defined as as_defined
+from tests.ops.test_losses import loss_and_gradients, problem
 
 
-def problem(N, V, W=8, ignored=(), seed=0, size=1.0):
-    """hidden [N, W], head [V, W], target [N] with `ignored` positions left out."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, head = torch.randn(N, W, generator=generator), torch.randn(V, W, generator=generator) * size
-    target = torch.randint(0, V, (N,), generator=generator)
-    target[list(ignored)] = IGNORE
-    return hidden, head, target
-
-
-def loss_and_gradients(hidden, head, target, implementation, weight=1.0):
-    leaves = [x.detach().requires_grad_() for x in (hidden, head)]
-    with ops.using(implementation):
-        assert ops.cross_entropy.choose(*leaves, target)[0] == implementation
-        loss = ops.cross_entropy(*leaves, target)
-    return [loss, *torch.autograd.grad(loss * weight, leaves)]
-
-
-def assert_as_defined(hidden, head, target, weight=1.0):
-    """Kernels in float32 against the definition in float64."""
-    exact = loss_and_gradients(hidden.double(), head.double(), target, "definition", weight)
-    fast = loss_and_gradients(hidden, head, target, "triton", weight)
-    for expected, actual in zip(exact, fast, strict=True):
-        assert actual.shape == expected.shape and actual.dtype == torch.float32
-        assert (actual - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+assert_as_defined = partial(as_defined, implementation="triton")
 
 
 @pytest.mark.parametrize(("N", "V", "ignored"), [

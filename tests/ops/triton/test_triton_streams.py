@@ -1,5 +1,7 @@
 """Hyper-connections' kernels against the definitions in float64, under Triton's interpreter."""
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'fathom[gpu]')")
@@ -8,30 +10,16 @@ import torch
 
 from fathom import ops
 from fathom.ops.triton import streams as kernels
+from tests.ops.test_streams import EPS, ITERATIONS, NORM_EPS, coefficient_inputs, mixing_inputs, random, values_and_gradients
+from tests.ops.test_streams import assert_as_defined as as_defined
 
-ITERATIONS, EPS, NORM_EPS = 20, 1e-6, 1e-6
 SHAPES = [(1, 1, 1, 5), (2, 3, 2, 7), (3, 11, 4, 16), (1, 9, 8, 9), (1, 2, 3, 21)]  # B, S, N, W; tiles are 32 tokens and 64 channels of N W
-
-
-def random(*shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def coefficient_inputs(B, S, N, W):
-    """X, fn, base, scale with coefficients far from saturation."""
-    rows = (2 + N) * N
-    return [random(B, S, N, W, seed=1), random(rows, N * W, seed=2) * (N * W) ** -0.5, random(rows, seed=3) * 0.7, 1 + 0.3 * random(3, seed=4)]
 
 
 def collapse_inputs(B, S, N, W):
     """X, fn, base, scale."""
     X, fn, base, scale = coefficient_inputs(B, S, N, W)
     return [X, fn[:N].clone(), base[:N].clone(), scale[:1].clone()]
-
-
-def mixing_inputs(B, S, N, W):
-    """X, y, post, res."""
-    return [random(*shape, seed=seed) for seed, shape in enumerate([(B, S, N, W), (B, S, W), (B, S, N), (B, S, N, N)])]
 
 
 def problem(name, *shape):
@@ -47,26 +35,7 @@ def problem(name, *shape):
 
 
 NAMES = ["sinkhorn", "stream_coefficients", "collapse_coefficients", "streams_in", "streams_out"]
-
-
-def values_and_gradients(operator, inputs, *constants, implementation):
-    """Outputs, and the gradients of a fixed random combination of them, with weights exact in bfloat16, with respect to every input."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    with ops.using(implementation):
-        assert operator.choose(*leaves, *constants)[0] == implementation
-        outputs = operator(*leaves, *constants)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    cotangents = [random(*x.shape, seed=9 + i).bfloat16().to(x.dtype) for i, x in enumerate(outputs)]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
-
-
-def assert_as_defined(operator, inputs, *constants, rounding=2e-5):
-    """Kernels in float32 against the definition in float64, relative to each tensor's largest entry."""
-    exact = values_and_gradients(operator, [x.double() for x in inputs], *constants, implementation="definition")
-    fast = values_and_gradients(operator, inputs, *constants, implementation="triton")
-    for expected, actual in zip(exact, fast, strict=True):
-        assert actual.shape == expected.shape and actual.dtype == torch.float32
-        assert (actual - expected).abs().max() <= rounding * max(1.0, expected.abs().max())
+assert_as_defined = partial(as_defined, implementation="triton")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
