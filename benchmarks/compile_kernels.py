@@ -23,7 +23,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fathom.errors import InputError
 from fathom.ops.attention import Entries, Window
 from fathom.ops.triton import attention, compress, entry_mass, experts, index_topk, linear, losses, streams
 from fathom.quant.formats import quantise_fp4, quantise_fp8
@@ -134,7 +133,7 @@ def call_attention(dtype: torch.dtype, S: int, M: int, H: int, D: int, K: int) -
 def backward(*outputs: torch.Tensor) -> None:
     """The backward pass, where there is one."""
     if outputs[0].requires_grad:
-        torch.autograd.grad([output.float().sum() for output in outputs], [leaf for leaf in leaves(outputs)], allow_unused=True)
+        torch.autograd.grad([output.float().sum() for output in outputs], [*leaves(outputs)], allow_unused=True)
 
 
 def leaves(outputs: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
@@ -151,8 +150,9 @@ def leaves(outputs: tuple[torch.Tensor, ...]) -> Iterator[torch.Tensor]:
 
 
 def main(capabilities: list[int]) -> None:
+    """Compile for each capability, print what it comes to, and write all figures."""
     if triton.knobs.runtime.interpret or sys.platform != "linux":
-        raise InputError("kernels are compiled on Linux, without TRITON_INTERPRET")
+        sys.exit("kernels are compiled on Linux, without TRITON_INTERPRET")
     rows = []
     for capability in capabilities:
         for name, dtype, shape in (("flash", BFLOAT16, (4096, 64, 512, 2048, 128, 512)), ("small", FLOAT32, (256, 8, 64, 128, 64, 32))):
@@ -164,8 +164,11 @@ def main(capabilities: list[int]) -> None:
             spilled = [row["stack"] for row in found if row["stack"]]
             print(f"sm_{capability} {name} {dtype}: {len(found)} kernels, at most {max(row['shared'] for row in found) / 1024:.0f} KiB of shared "
                   f"memory, {len(spilled)} spill, at most {max(spilled, default=0)} bytes a thread", flush=True)
-    RESULTS.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
+    listed = ",\n".join(map(json.dumps, rows))  # a kernel a line
+    RESULTS.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{listed}\n]}}\n')
 
 
 if __name__ == "__main__":
+    if not all(word.isdecimal() for word in sys.argv[1:]):
+        sys.exit(__doc__)
     main([int(word) for word in sys.argv[1:]] or [80, 90, 100])
