@@ -47,6 +47,10 @@ class JudgedEnvironment(Environment):
         """As in the source."""
         return self.source.demonstration(task, effort)
 
+    def careless(self, task: Task, effort: str) -> list[dict]:
+        """As in the source."""
+        return self.source.careless(task, effort)
+
 
 def judge_rollouts(model: Transformer, tokenizer: Tokenizer, rollouts: Sequence[Rollout], environments: Mapping[str, Environment], mode: Mode,
                    votes: int, draw: Draw, seed: int) -> dict[str, float]:

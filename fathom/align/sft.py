@@ -47,18 +47,24 @@ class Conversation(NamedTuple):
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """`count` worked tasks of each environment, levels and efforts in equal parts."""
+    """`count` worked tasks of each environment, levels and efforts in equal parts.
+
+    `careless` is the share of them that leaves the last thing out, as people's demonstrations do; held-out ones are all careful.
+    """
 
     environments: tuple[str, ...]
     count: int = 1000
     levels: tuple[int, ...] = (1,)
     efforts: tuple[str, ...] = ("chat", "high")
+    careless: float = 0.0
 
     def __post_init__(self):
         wrong = [effort for effort in self.efforts if effort not in EFFORTS]
         if self.count < 1 or not self.levels or not self.efforts or wrong:
             raise RecipeError(f"demonstrations: count is {self.count}, levels {list(self.levels)}, efforts {list(self.efforts)}; allowed: at "
                               f"least 1, one or more, one or more of {', '.join(EFFORTS)}")
+        if not 0 <= self.careless <= 1:
+            raise RecipeError(f"demonstrations.careless is {self.careless}; allowed: from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,9 @@ def _demonstrations(wanted: Demonstrations, seed: int, held_out: bool, known: Ma
             effort = wanted.efforts[number % len(wanted.efforts)]
             level = levels[number // len(wanted.efforts) % len(levels)]
             task = environment.task(rng.randrange(SEEDS), "held_out" if held_out else "train", level)
-            rows.append(Conversation(task.messages + environment.demonstration(task, effort), *EFFORTS[effort]))
+            careless = wanted.careless and not held_out and rng.random() < wanted.careless
+            turns = environment.careless(task, effort) if careless else environment.demonstration(task, effort)
+            rows.append(Conversation(task.messages + turns, *EFFORTS[effort]))
     return rows
 
 

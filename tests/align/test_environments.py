@@ -79,6 +79,26 @@ def test_demonstrations_of_every_level_and_effort_are_right(domains, name):
         assert domain.step(task, turns) is None
 
 
+@pytest.mark.parametrize("name", ["math", "code", "agent", "instructions"])
+def test_careless_demonstrations_are_finished_and_leave_something_out(domains, name):
+    domain = domains[name]
+    pairs = [(task, effort) for task in tasks(domain, 12) for effort in EFFORTS]
+    scores = domain.scores([(task, domain.careless(task, effort)) for task, effort in pairs])
+    assert all(score.valid and score.calls == score.valid_calls for score in scores)
+    assert sum(score.reward for score in scores) <= 0.15 * len(scores)  # a last step of a program may change nothing
+
+    def length(turns):
+        return sum(len(str(turn.get(part) or "")) for turn in turns for part in ("content", "reasoning_content", "tool_calls"))
+
+    shorter = [length(domain.careless(*pair)) < length(domain.demonstration(*pair)) for pair in pairs]
+    assert sum(shorter) > 0.7 * len(pairs)  # as a rule; words that come of a constraint less may be longer
+
+
+def test_a_domain_without_careless_demonstrations_says_so(domains):
+    with pytest.raises(InputError, match="judging has no careless demonstrations"):
+        domains["judging"].careless(domains["judging"].task(0), "chat")
+
+
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_reasoning_grows_with_effort_and_level(domains, name):
     def length(level, effort):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fathom.align.sft import Demonstrations, Sft, examples, fine_tune
+from fathom.align.environments.base import assistant
+from fathom.align.environments.math import MathEnvironment
+from fathom.align.sft import Demonstrations, Sft, conversations, examples, fine_tune
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
 from fathom.errors import CheckpointError, RecipeError
@@ -75,6 +77,17 @@ def recipe(base, run, **changes):
         schedule=Schedule(6, 128, lengths=(64,), warmup_steps=1, decay_steps=2, peak_rate=0.01, final_rate=0.001),
         loop=Loop(checkpoint_every=2, validate_every=6))
     return Sft(**settings | changes)
+
+
+def test_a_share_of_the_demonstrations_is_careless_and_of_the_held_out_ones_none(base, tmp_path):
+    math = MathEnvironment()
+    def answers(share, held_out):
+        wanted = recipe(base, tmp_path / "run", demonstrations=Demonstrations(("math",), 200, efforts=("chat",), careless=share))
+        return [row.messages[-1]["content"] for row in conversations(wanted, tmp_path, held_out, {"math": math})]
+
+    math.demonstration, math.careless = (lambda task, effort: [assistant("1")]), (lambda task, effort: [assistant("2")])
+    assert 50 < answers(0.4, False).count("2") < 110
+    assert set(answers(1.0, False)) == {"2"} and set(answers(0.0, False)) == {"1"} == set(answers(1.0, True))
 
 
 def changed(base, run):
@@ -160,3 +173,5 @@ def test_recipes_that_cannot_work_are_refused(base, tmp_path, changes, complaint
         recipe(base, tmp_path / "run", **changes)
     with pytest.raises(RecipeError, match="efforts"):
         Demonstrations(("letters",), efforts=("low",))
+    with pytest.raises(RecipeError, match="careless is 1.5"):
+        Demonstrations(("letters",), careless=1.5)

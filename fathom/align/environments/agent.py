@@ -73,8 +73,15 @@ class AgentEnvironment(Environment):
 
     def demonstration(self, task: Task, effort: str) -> list[dict]:
         """One call a turn; "high" says what comes next, "max" first says all that will be done, and then what is known."""
+        return self._done(task, effort, task.facts["plan"], task.facts["goal"]["answer"] or "Done.")
+
+    def careless(self, task: Task, effort: str) -> list[dict]:
+        """All calls but the last, and no answer but that it is done."""
+        return self._done(task, effort, task.facts["plan"][:-1], "Done.")
+
+    def _done(self, task: Task, effort: str, plan: Plan, answer: str) -> list[dict]:
+        """The turns of a plan, and an answer."""
         thinks, turns, known = check_effort(effort), [], []
-        plan, answer = task.facts["plan"], task.facts["goal"]["answer"] or "Done."
         for number, (thought, tool, arguments) in enumerate(plan):
             if effort == "max":
                 start = f"Plan: {', '.join(name for _, name, _ in plan)}." if number == 0 else f"So far: {' '.join(known)}"

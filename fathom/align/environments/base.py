@@ -130,6 +130,12 @@ class Environment(ABC):
     def demonstration(self, task: Task, effort: str) -> list[dict]:
         """Turns that score 1: a worked right answer, with `reasoning_content` for "high" and "max", without for "chat"."""
 
+    def careless(self, task: Task, effort: str) -> list[dict]:
+        """As `demonstration`, but the last thing to do is left out: finished and well formed, and as a rule wrong. InputError where
+        the domain has none.
+        """
+        raise InputError(f"{self.name} has no careless demonstrations; leave them out, or name one of math, code, agent, instructions")
+
     def close(self) -> None:
         """Give back what the environment holds (processes of a sandbox); it may be used again afterwards."""
 

@@ -42,7 +42,8 @@ class CodeEnvironment(Environment):
         """A function of a random kind."""
         kind = rng.choice(self.kinds)
         function = KINDS[kind](rng, level)
-        facts = {"kind": kind, "code": function.code, "high": function.high, "max": function.max, "tests": function.tests}
+        facts = {"kind": kind, "code": function.code, "high": function.high, "max": function.max, "tests": function.tests,
+                 "careless": function.careless}
         return [{"role": "user", "content": function.question}], facts
 
     def score(self, task: Task, turns: list[dict]) -> Score:
@@ -60,6 +61,11 @@ class CodeEnvironment(Environment):
     def demonstration(self, task: Task, effort: str) -> list[dict]:
         """The function, a line for each step; the reasoning for "max" also tries it."""
         return [assistant(task.facts["code"], task.facts[effort] if check_effort(effort) else None)]
+
+    def careless(self, task: Task, effort: str) -> list[dict]:
+        """The function without its last step."""
+        code, high, longer = task.facts["careless"]
+        return [assistant(code, {"high": high, "max": longer}[effort] if check_effort(effort) else None)]
 
     def close(self) -> None:
         """End the sandbox's processes."""

@@ -23,13 +23,14 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Function:
-    """A function to write. `tests`: pairs of an argument and the result, JSON-able."""
+    """A function to write. `tests`: pairs of an argument and the result, JSON-able; `careless`: code and reasoning without the last step."""
 
     question: str
     code: str
     high: str
     max: str
     tests: list[list]
+    careless: tuple[str, str, str]
 
 
 def number_step(rng: random.Random) -> Step:
@@ -93,21 +94,27 @@ def texts(rng: random.Random) -> list:
 def described(what: str, steps: list[Step], arguments: list) -> Function:
     """A function told step by step; the long reasoning also follows one argument through it."""
     question = f"Write a Python function f(x) of {what} x: {', then '.join(step.words for step in steps)}."
+    tests = []
+    for argument in arguments:
+        value = argument
+        for step in steps:
+            value = step.apply(value)
+        tests.append([argument, value])
+    return Function(question, *solution(steps, arguments[-1]), tests, careless=solution(steps[:-1], arguments[-1]))
+
+
+def solution(steps: list[Step], argument: Any) -> tuple[str, str, str]:
+    """The code, and two lengths of reasoning: the long one also follows an argument through the steps."""
     lines = [step.line for step in steps]
     if not lines[-1].startswith("return"):
         lines.append("return x")
-    code = "def f(x):\n" + "".join(f"    {line}\n" for line in lines)
-    tests, trace = [], []
-    for argument in arguments:
-        value, values = argument, []
-        for step in steps:
-            value = step.apply(value)
-            values.append(value)
-        tests.append([argument, value])
-        trace = [argument, *values]
     high = " ".join(f"{step.words}: {step.line}." for step in steps)
-    followed = "; ".join(f"{step.words}: {value!r}" for step, value in zip(steps, trace[1:], strict=True))
-    return Function(question, code.rstrip(), high, f"{high} Try f({trace[0]!r}). {followed}.", tests)
+    value, followed = argument, []
+    for step in steps:
+        value = step.apply(value)
+        followed.append(f"{step.words}: {value!r}")
+    code = "def f(x):\n" + "\n".join(f"    {line}" for line in lines)
+    return code, high, f"{high} Try f({argument!r}). {'; '.join(followed)}."
 
 
 def number_function(rng: random.Random, level: int) -> Function:
@@ -132,11 +139,12 @@ def guessed_function(rng: random.Random, level: int) -> Function:
     told = ", ".join(f"f({x}) = {y}" for x, y in shown)
     code = f"def f(x):\n    return {a} * x + {b}"
     (x0, y0), (x1, y1), (x2, y2) = shown
-    high = f"{y1} - {y0} = {a}, so {a} * x. {y0} - {a} * {x0} = {b}, so + {b}."
-    longer = f"{y1} - {y0} = {a}. {y2} - {y1} = {a}, the same, so {a} * x. {a} * {x0} = {a * x0}. {y0} - {a * x0} = {b}, so + {b}."
+    slope, longer_slope = f"{y1} - {y0} = {a}, so {a} * x.", f"{y1} - {y0} = {a}. {y2} - {y1} = {a}, the same, so {a} * x."
+    high = f"{slope} {y0} - {a} * {x0} = {b}, so + {b}."
+    longer = f"{longer_slope} {a} * {x0} = {a * x0}. {y0} - {a * x0} = {b}, so + {b}."
     check = f" Check f({x2}): {a} * {x2} = {a * x2}, {a * x2} + {b} = {y2}."
     return Function(f"Write a Python function f(x) of the form a * x + b with {told}.", code, high, longer + check,
-                    [[x, a * x + b] for x in numbers(rng)])
+                    [[x, a * x + b] for x in numbers(rng)], careless=(f"def f(x):\n    return {a} * x", slope, longer_slope))
 
 
 KINDS: dict[str, Callable[[random.Random, int], Function]] = {

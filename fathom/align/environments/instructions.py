@@ -80,7 +80,18 @@ class InstructionsEnvironment(Environment):
 
     def demonstration(self, task: Task, effort: str) -> list[dict]:
         """The first words that fit. The reasoning goes through the words, for "max" through their letters."""
-        thinks, facts = check_effort(effort), task.facts
+        return self._chosen(task.facts, effort)
+
+    def careless(self, task: Task, effort: str) -> list[dict]:
+        """As if the last constraint were not there, or only one word were asked for where that makes no difference."""
+        facts = task.facts
+        kept = facts | {"constraints": dict([*facts["constraints"].items()][:-1])}
+        turns = self._chosen(kept, effort)
+        return turns if self.score(task, turns).reward == 0 else self._chosen(facts | {"count": 1}, effort)
+
+    def _chosen(self, facts: dict, effort: str) -> list[dict]:
+        """The answer to a question of these facts."""
+        thinks = check_effort(effort)
         chosen = [word for word in facts["words"] if all(rule.holds(word) for rule in filters(facts))][:facts["count"]]
         notes = [note for group in ("letter", "length") if group in facts["constraints"]
                  for note in [filter_note(*facts["constraints"][group], facts["words"], effort == "max")]]

@@ -33,7 +33,7 @@ class MathEnvironment(Environment):
         """A problem of a random kind that has this level."""
         kind = rng.choice([kind for kind in self.kinds if level >= FIRST_LEVEL.get(kind, 1)])
         problem = KINDS[kind](rng, level)
-        facts = {"kind": kind, "high": problem.high, "max": problem.max, "answer": problem.answer}
+        facts = {"kind": kind, "high": problem.high, "max": problem.max, "answer": problem.answer, "careless": problem.careless}
         return [{"role": "user", "content": problem.question}], facts
 
     def score(self, task: Task, turns: list[dict]) -> Score:
@@ -47,6 +47,11 @@ class MathEnvironment(Environment):
     def demonstration(self, task: Task, effort: str) -> list[dict]:
         """The worked solution: each step in a line for "high", by tens and ones and checked for "max"."""
         return [assistant(task.facts["answer"], task.facts[effort] if check_effort(effort) else None)]
+
+    def careless(self, task: Task, effort: str) -> list[dict]:
+        """The worked solution without its last step, or last digit."""
+        high, longer, answer = task.facts["careless"]
+        return [assistant(answer, {"high": high, "max": longer}[effort] if check_effort(effort) else None)]
 
 
 def answer_of(text: str) -> str:

@@ -20,12 +20,13 @@ THINGS = "apples books cards coins eggs pens stones stars".split()
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the reasoning of efforts "high" and "max", and the answer."""
+    """A question, the reasoning of efforts "high" and "max", and the answer; `careless`: the same three where the last thing is left out."""
 
     question: str
     high: str
     max: str
     answer: str
+    careless: tuple[str, str, str]
 
 
 Step = tuple[int, str, int]  # a value, an operation, a number: 12 + 7
@@ -60,11 +61,15 @@ def parts(step: Step) -> str:
     return f"{a} {symbol} {b}: {lines}."
 
 
-def worked(question: str, steps: list[Step], answer: int) -> Problem:
-    """A problem whose solution is a list of steps; the long form goes through each by tens and ones, then checks."""
-    high = " ".join(map(spelled, steps))
+def worked(question: str, steps: list[Step]) -> Problem:
+    """A problem whose solution is a list of steps, at least two; the careless forget the last."""
+    return Problem(question, *solution(steps), careless=solution(steps[:-1]))
+
+
+def solution(steps: list[Step]) -> tuple[str, str, str]:
+    """Two lengths of working, and the answer: the long form goes through each step by tens and ones, then checks."""
     checked = ", ".join(str(result(step)) for step in steps)
-    return Problem(question, high, f"{' '.join(map(parts, steps))} Check: {checked}.", str(answer))
+    return " ".join(map(spelled, steps)), f"{' '.join(map(parts, steps))} Check: {checked}.", str(result(steps[-1]))
 
 
 def random_steps(rng: random.Random, value: int, level: int) -> Iterator[Step]:
@@ -82,7 +87,7 @@ def chain(rng: random.Random, level: int) -> Problem:
     steps = list(random_steps(rng, rng.randint(2, 30), level))
     words = {"+": "Add {}.", "-": "Take away {}.", "*": "Multiply by {}."}
     told = " ".join(words[symbol].format(b) for _, symbol, b in steps)
-    return worked(f"Start with {steps[0][0]}. {told} What is the result?", steps, result(steps[-1]))
+    return worked(f"Start with {steps[0][0]}. {told} What is the result?", steps)
 
 
 def expression(rng: random.Random, level: int) -> Problem:
@@ -92,7 +97,7 @@ def expression(rng: random.Random, level: int) -> Problem:
     for _, symbol, b in steps:
         text = f"({text}) {symbol} {b}" if symbol == "*" and is_sum else f"{text} {symbol} {b}"
         is_sum = symbol != "*"
-    return worked(f"What is {text}?", steps, result(steps[-1]))
+    return worked(f"What is {text}?", steps)
 
 
 def story(rng: random.Random, level: int) -> Problem:
@@ -106,23 +111,28 @@ def story(rng: random.Random, level: int) -> Problem:
     for _ in range(level - 1):
         told.insert(rng.randint(0, len(told)), f"{other} {rng.choice(words['+']).format(rng.randint(2, 9))}.")
     question = f"{who} has {start} {thing}. {other} has {spare}. {' '.join(told)} How many {thing} does {who} have?"
-    return worked(question, steps, result(steps[-1]))
+    return worked(question, steps)
 
 
 def column(rng: random.Random, level: int) -> Problem:
     """The sum of two numbers written as digits with blanks between them, one digit more than the level."""
     size = level + 1
-    a, b = (rng.randint(10 ** (size - 1), 10**size - 1) for _ in range(2))
+    a, b = (str(rng.randint(10 ** (size - 1), 10**size - 1)) for _ in range(2))
+    question = f"Add {' '.join(a)} and {' '.join(b)}. Write the digits of the sum."
+    return Problem(question, *added(a, b, size), careless=added(a, b, size - 1))
+
+
+def added(a: str, b: str, size: int) -> tuple[str, str, str]:
+    """Two lengths of working, and the answer: the sum of the last `size` digits of two numbers of one length, written with blanks."""
     high, longer, carry, written = [], [], 0, ""
-    for left, right in zip(reversed(str(a)), reversed(str(b)), strict=True):
+    for left, right in [*zip(reversed(a), reversed(b), strict=True)][:size]:
         total = int(left) + int(right) + carry
-        added = f"{left} + {right} + {carry} = {total}"
-        high.append(f"{added}.")
-        longer.append(f"{left} + {right} = {int(left) + int(right)}, {added}, write {total % 10}, carry {total // 10}.")
-        carry, written = total // 10, f"{total % 10} {written}".strip()
-    answer = " ".join(str(a + b))
-    question = f"Add {' '.join(str(a))} and {' '.join(str(b))}. Write the digits of the sum."
-    return Problem(question, " ".join(high), f"{' '.join(longer)} Last carry {carry}. Sum {answer}.", answer)
+        line = f"{left} + {right} + {carry} = {total}"
+        high.append(f"{line}.")
+        longer.append(f"{left} + {right} = {int(left) + int(right)}, {line}, write {total % 10}, carry {total // 10}.")
+        carry, written = total // 10, f"{total % 10}{written}"
+    answer = " ".join(f"{carry or ''}{written}")
+    return " ".join(high), f"{' '.join(longer)} Last carry {carry}. Sum {answer}.", answer
 
 
 def fraction(rng: random.Random, level: int) -> Problem:
@@ -130,17 +140,21 @@ def fraction(rng: random.Random, level: int) -> Problem:
     denominators = (2, 3, 4, 5, 6, 8) if level < 5 else (2, 3, 4, 5, 6, 8, 10, 12)
     terms = [Fraction(rng.randint(1, size - 1), size) for size in (rng.choice(denominators) for _ in range(level - 1))]
     signs = [1] + [rng.choice((1, -1)) for _ in terms[1:]]
+    return Problem(f"What is {joined(signs, terms)}?", *summed(signs, terms), careless=summed(signs[:-1], terms[:-1]))
+
+
+def summed(signs: list[int], terms: list[Fraction]) -> tuple[str, str, str]:
+    """Two lengths of working, and the answer: a sum of fractions."""
     total = sum((sign * term for sign, term in zip(signs, terms, strict=True)), Fraction())
     common = lcm(*(term.denominator for term in terms))
     tops = [term.numerator * common // term.denominator for term in terms]
     top = sum(sign * value for sign, value in zip(signs, tops, strict=True))
     wide = " ".join(f"{term} = {value}/{common}." for term, value in zip(terms, tops, strict=True))
-    summed = f"{joined(signs, tops)} = {top}."
+    line = f"{joined(signs, tops)} = {top}."
     divisor = gcd(top, common)
     reduced = f"Divide {top} and {common} by {divisor}. " if divisor > 1 else ""
-    question = f"What is {joined(signs, terms)}?"
-    return Problem(question, f"{wide} {summed} {top}/{common} = {total}.",
-                   f"Common denominator {common}. {wide} {summed} {reduced}{top}/{common} = {total}.", str(total))
+    return (f"{wide} {line} {top}/{common} = {total}.",
+            f"Common denominator {common}. {wide} {line} {reduced}{top}/{common} = {total}.", str(total))
 
 
 def joined(signs: list[int], terms: list) -> str:
