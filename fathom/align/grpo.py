@@ -6,7 +6,7 @@ are the loop's, with all it guarantees.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -143,11 +143,13 @@ class Learner:
         self.play = play
         self.known = min(tokenizer.vocab_size, model.config.vocab_size)
         self.share = 0.0
+        self.kept = ExitStack()  # the routing of the last batch, for its backward pass too: that may compute blocks anew
         self.rounds = Rounds(Path(recipe.run), model, recipe.pace.updates, {"recipe": recipe_fingerprint(recipe)}, self.make_round)
 
     def make_round(self, number: int, log: RolloutLog) -> list[SampleBatch]:
         """Play a round and pack it: one batch for each update."""
         recipe, model = self.recipe, self.model
+        self.kept.close()
         tasks = choose_tasks(self.environments, recipe.levels, recipe.modes, recipe.prompts, recipe.seed, number)
         rollouts = new_rollouts(tasks, recipe.group, self.tokenizer)
         with released_numbers(model) if recipe.quantise else nullcontext():
@@ -168,9 +170,10 @@ class Learner:
     def loss(self, batch: SampleBatch, step: int) -> Losses:
         """The loss of a batch, and numbers for the log."""
         recipe, numbers, model = self.recipe, batch.numbers, self.model
-        keep = recipe.keep_routing and "routing" in numbers
-        with replayed_routing(model, [*numbers["routing"]]) if keep else nullcontext():
-            features = model.features(batch.tokens_BS, batch.positions_BS, [], "sparse")
+        self.kept.close()
+        if recipe.keep_routing and "routing" in numbers:
+            self.kept.enter_context(replayed_routing(model, [*numbers["routing"]]))
+        features = model.features(batch.tokens_BS, batch.positions_BS, [], "sparse")
         logs_N, entropy_N = token_log_probabilities(features.hidden_BSW[batch.learned_BS], model.head.weight[:self.known],
                                                     batch.targets_BS[batch.learned_BS], recipe.draw.temperature, kept_in(batch))
         policy = policy_loss(logs_N, numbers["old_logs_N"], numbers.get("reference_logs_N"), numbers["advantage_U"], numbers["weight_U"],

@@ -28,6 +28,7 @@ from fathom.errors import CheckpointError, DataError, RecipeError
 from fathom.ops import IGNORE
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop
+from fathom.train.objective import LossWeights
 from fathom.train.tracking import read_metrics
 from tests.align.toy import TOYS, Letters, micro_folder, run
 from tests.runs import environment, losses
@@ -168,6 +169,29 @@ def test_sampling_with_released_numbers_trains_on_them(base, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
     plain = observe_policy(model, batch, recipe.draw, learner.known)["old_logs_N"]
     assert float((plain - batch.numbers["old_logs_N"]).abs().max()) > 1e-3
+
+
+def test_blocks_that_are_computed_anew_take_the_kept_routing_too(base, tmp_path):
+    recipe, tokenizer = grpo(base, tmp_path / "run", pace=Pace(1, 1, 0.01), losses=LossWeights(balance=0.0)), Tokenizer.load(base)
+    (batch,) = Learner(recipe, load_model(base), tokenizer, {"letters": TOYS["letters"]}, None).make_round(0, RolloutLog(tmp_path / "log", {}))
+    gradients = []
+    for recompute_above in (1 << 30, 0):
+        with torch.no_grad():
+            moved = load_model_copy(load_model(base))
+        moved.recompute_above = recompute_above
+        learner = Learner(recipe, moved, tokenizer, {"letters": TOYS["letters"]}, None)
+        learner.loss(batch, 0).total.backward()
+        gradients.append({name: parameter.grad for name, parameter in moved.named_parameters()})
+        with torch.no_grad(), recorded_routing(moved) as replayed:
+            hidden_of_targets(moved, batch)
+        learner.kept.close()
+        with torch.no_grad(), recorded_routing(moved) as free:
+            hidden_of_targets(moved, batch)
+        assert not all(map(torch.equal, replayed, free))
+    whole, anew = gradients
+    assert any(bool(gradient.any()) for name, gradient in whole.items() if ".experts." in name)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(anew[name], gradient, rtol=1e-5, atol=1e-9)
 
 
 def test_a_stored_round_comes_back_whole_and_damage_is_named(base, tmp_path, played):
