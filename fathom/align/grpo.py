@@ -23,11 +23,13 @@ from fathom.align.rollout_log import RolloutLog
 from fathom.align.round import Rounds, hidden_of_targets, kept_in, observe_policy
 from fathom.align.routing import replayed_routing
 from fathom.align.sample import Mode, Rollout, Sample, SampleBatch, pack_samples
+from fathom.align.tuning import Tune, tuning_optimizer
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
 from fathom.errors import RecipeError
 from fathom.model.transformer import Transformer
-from fathom.optim.muon import AdamW, Muon, Optimizer
+from fathom.optim.lora import Lora
+from fathom.optim.muon import AdamW, Muon
 from fathom.optim.schedules import Schedule
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage
@@ -70,7 +72,7 @@ class Grpo:
     `invalid` is what a broken answer or a malformed tool call costs; `deviation_floor` the least deviation that rewards of a group are
     divided by, so that small differences of length do not weigh like right and wrong; `judging` and `votes`: how the actor judges
     answers that no rule scores, and how often each; `quantise` samples and trains with the numbers
-    of the official-fp4 export.
+    of the official-fp4 export; `tune` as in fine-tuning.
     """
 
     run: str
@@ -88,12 +90,14 @@ class Grpo:
     judging: Mode = Mode("high", 128)
     votes: int = 1
     quantise: bool = False
+    tune: Tune = "all"
     seed: int = 0
     draw: Draw = field(default_factory=Draw)
     policy: Policy = field(default_factory=Policy)
     losses: LossWeights = field(default_factory=LossWeights)
     muon: Muon = field(default_factory=Muon)
     adamw: AdamW = field(default_factory=AdamW)
+    lora: Lora = field(default_factory=Lora)
     loop: Loop = field(default_factory=Loop)
 
     def __post_init__(self):
@@ -123,7 +127,8 @@ def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, cons
     reference = load_model(find_model(recipe.base)) if recipe.policy.kl else None
     learner = Learner(recipe, model, tokenizer, environments_named(recipe.environments, known), reference, play)
     schedule = recipe.pace.schedule()
-    optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
+    optimizer = tuning_optimizer(model, recipe.tune, recipe.base, recipe.muon, recipe.adamw, recipe.lora, recipe.seed)
+    optimizer = restored(optimizer, state)
     stage = Stage(batch=learner.rounds.batch, loss=learner.loss, rate=lambda step: schedule.rate_at(step) * learner.share**0.5,
                   bias_speed=lambda step: 0.0, validate=None, quantised=lambda step: recipe.quantise)
     run_stage(run, model, tokenizer, optimizer, stage, recipe.pace.steps, state.step if state else 0, recipe.loop, console)

@@ -32,6 +32,7 @@ from fathom.text import chat
 from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 
 POLL_SECONDS = 0.2
+EFFORTS_OF_CORPUS = (2, 5, 3)  # how often chat, high and max: without its working, a result is a guess
 JUDGING = ("judging", "judged-math")
 OF_CORPUS = ("environments", "levels", "documents", "repeats", "vocabulary", "seed")  # the fields that decide corpus and tokenizer
 
@@ -155,7 +156,7 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
             add(f"{s}/mixed", "grpo", toml(f"mixed-{s}", "mixed"), [student], base=str(run / student), environments=list(recipe.environments))
             if recipe.judge:
                 started = add(f"{s}/sft-judge", "sft", toml("specialist-judge", f"specialist-{s}", "specialist"), [base], base=str(run / base),
-                              demonstrations__environments=[*JUDGING])
+                              demonstrations__environments=[*JUDGING], demonstrations__careless=0.0)
                 add(f"{s}/judge", "grpo", toml("grpo-judge", f"grpo-{s}", "grpo"), [started], base=str(run / started), environments=[*JUDGING])
             paths = [str(run / stage) for stage in specialists.values()]
             found.append(StageCommand(f"{s}/average", ("average", *paths, "--out", str(run / s / "average")),
@@ -294,7 +295,7 @@ def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment
         levels = [level for level in recipe.levels if level in known[name].levels] or [known[name].levels[0]]
         for _ in range(count):
             task = known[name].task(rng.randrange(SEEDS), "train", rng.choice(levels))
-            effort = rng.choices([*EFFORTS], (4, 5, 1))[0]
+            effort = rng.choices([*EFFORTS], EFFORTS_OF_CORPUS)[0]
             asked = [message for message in task.messages if not message.get("tools")]
             rows.append({"text": plain_text(asked + known[name].demonstration(task, effort), effort), "source": name, "licence": "MIT"})
             if len(asked) < len(task.messages):

@@ -9,13 +9,14 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from torch import Tensor
 
 from fathom.align.environments.base import EFFORTS, SEEDS, Environment
 from fathom.align.rollout import environments_named
+from fathom.align.tuning import Tune, tuning_optimizer
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
 from fathom.data.packing import Batch, PackedData
@@ -24,8 +25,8 @@ from fathom.data.transforms import Example, masked_example, pack_examples
 from fathom.errors import DataError, RecipeError
 from fathom.evals.perplexity import bits_per_byte, token_byte_lengths
 from fathom.model.transformer import Transformer
-from fathom.optim.lora import Lora, LoraOptimizer
-from fathom.optim.muon import AdamW, Muon, Optimizer
+from fathom.optim.lora import Lora
+from fathom.optim.muon import AdamW, Muon
 from fathom.optim.schedules import Schedule
 from fathom.text import chat
 from fathom.text.tokenizer import Tokenizer
@@ -83,7 +84,7 @@ class Sft:
     questions: int = 0
     thinking_share: float = 0.5
     demonstrations: Demonstrations | None = None
-    tune: Literal["all", "experts", "lora"] = "all"
+    tune: Tune = "all"
     minutes: float | None = None
     seed: int = 0
     losses: LossWeights = field(default_factory=LossWeights)
@@ -123,7 +124,8 @@ def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console, known: Ma
                   f"{data.train.sequence_length} tokens, {data.train.efficiency:.1%} full", soft_wrap=True)
     if recipe.minutes and not resume:
         recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, data), console)
-    optimizer = restored(_optimizer(recipe, model), state)
+    optimizer = tuning_optimizer(model, recipe.tune, recipe.base, recipe.muon, recipe.adamw, recipe.lora, recipe.seed)
+    optimizer = restored(optimizer, state)
     run_stage(run, model, tokenizer, optimizer, _stage(recipe, model, data), recipe.schedule.steps,
               state.step if state else 0, recipe.loop, console)
     return run
@@ -137,17 +139,6 @@ class SftData:
     train: PackedData
     validation: list[Batch]
     byte_lengths_V: Tensor
-
-
-def _optimizer(recipe: Sft, model: Transformer) -> Optimizer | LoraOptimizer:
-    """An optimiser of what is tuned; the rest is frozen."""
-    if recipe.tune == "lora":
-        base = load_model(find_model(recipe.base))
-        return LoraOptimizer(model, dict(base.named_parameters()), recipe.lora, recipe.adamw, recipe.seed)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(recipe.tune == "all" or ".experts." in name)
-    tuned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return Optimizer(tuned, model.config, recipe.muon, recipe.adamw)
 
 
 def _data(recipe: Sft, root: Path, tokenizer: Tokenizer, vocab_size: int, known: Mapping[str, Environment]) -> SftData:

@@ -26,6 +26,7 @@ from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
 from fathom.errors import CheckpointError, DataError, RecipeError
 from fathom.ops import IGNORE
+from fathom.optim.lora import Lora, lora_names
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop
 from fathom.train.objective import LossWeights
@@ -149,6 +150,18 @@ def test_a_first_update_is_on_policy_and_learns(base, tmp_path):
             "gradient_norm"} <= set(lines[0])
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and max(line["kl"] for line in lines) > 1e-4
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.2
+
+
+def test_low_rank_additions_alone_learn(base, tmp_path):
+    recipe = grpo(base, tmp_path / "run", tune="lora", lora=Lora(2, 8.0), pace=Pace(8, 2, 0.02), prompts=5, group=8)
+    folder = reinforce(recipe, TOYS, False, Console(quiet=True))
+    lines = [line for line in read_metrics(folder) if "reward" in line]
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.1
+    before, after = (dict(load_model(find_model(path)).named_parameters()) for path in (base, folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and changed <= set(lora_names(before.items()))
+    for name in changed:
+        assert int(torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-3).max()) <= 2
 
 
 def test_rounds_without_any_difference_of_rewards_change_no_weight(base, tmp_path):
