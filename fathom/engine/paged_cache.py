@@ -146,8 +146,14 @@ class _PooledRing(Ring):
         self._undo = undo
 
     @property
-    def items_BRC(self) -> Tensor:
-        return self.pool_SRC[self.table.slots]
+    def size(self) -> int:
+        return self.pool_SRC.shape[1]
+
+    def items(self, rows_R: Tensor | None, slots: int | None) -> Tensor:
+        return self.pool_SRC[:, :slots][self.table.slots if rows_R is None else self.table.slot_B[rows_R]]
+
+    def at(self, slot_BW: Tensor) -> Tensor:
+        return self.pool_SRC[self.table.slot_B[:, None], slot_BW]
 
     def write(self, slot_BW: Tensor, items_BWC: Tensor) -> None:
         index = self.table.slot_B[:, None], slot_BW
@@ -158,7 +164,7 @@ class _PooledRing(Ring):
     def forget(self, keep_B: Tensor, moves: Moves) -> None:
         if self.old_BWC is None:  # nothing was written: a layer without a window
             return
-        slot_BW, index_BW = moves.writes(self.pool_SRC.shape[1])
+        slot_BW, index_BW = moves.writes(self.size)
         if index_BW is None:
             index_BW = (moves.tokens - slot_BW.shape[1] + torch.arange(slot_BW.shape[1], device=slot_BW.device)).expand_as(slot_BW)
         index = self.table.slot_B[:, None], slot_BW

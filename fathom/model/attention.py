@@ -52,7 +52,7 @@ class Attention(nn.Module):
         q_BSHD = rotate(q_BSHD, turn_BSC[:, :, None])
         kv_BTD = self.rounding.entries(rotate(self.key_value_norm(self.key_value(x_BSW)), turn_BSC))
         if cache is not None:
-            kv_BTD = cache.window.extend(kv_BTD, layout.moves)
+            kv_BTD = cache.window.extend(kv_BTD, layout.moves, slots=layout.window_slots)
         window = ops.Window(kv_BTD, layout.key_place_BT, layout.place_BS, layout.reach_BS)
 
         entries = index_loss = None

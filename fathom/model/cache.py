@@ -23,6 +23,7 @@ class Moves:
     def __init__(self, start_B: Tensor, count_B: Tensor, tokens: int):
         self.start_B, self.count_B, self.tokens = start_B, count_B, tokens
         self.whole = bool((count_B == tokens).all())
+        self.longest = int(start_B.max())  # what the longest row has seen before: no ring holds more
         self._writes: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def writes(self, size: int) -> tuple[Tensor, Tensor | None]:
@@ -63,19 +64,36 @@ class Ring:
         self.record = record
         self.items_BRC = _zeros(batch, size, record=record, device=device)
 
-    def extend(self, new_BSC: Tensor, moves: Moves) -> Tensor:
-        """The old items followed by the new ones [B, R + S, C]; afterwards the ring holds the newest R."""
-        old_BRC = self.items_BRC
-        joined = torch.cat([old_BRC, self.record.pack(new_BSC)], 1)
-        R = old_BRC.shape[1]
-        slot_BW, index_BW = moves.writes(R)
-        newest_BWC = joined[:, joined.shape[1] - slot_BW.shape[1]:]
-        if index_BW is not None:
-            index_BWC = (R + index_BW.clamp(min=0))[..., None].expand(-1, -1, joined.shape[2])
-            kept_BWC = old_BRC.gather(1, slot_BW[..., None].expand_as(index_BWC))
-            newest_BWC = joined.gather(1, index_BWC).where(index_BW[..., None] >= 0, kept_BWC)
+    def extend(self, new_BSC: Tensor, moves: Moves, rows_R: Tensor | None = None, slots: int | None = None) -> Tensor:
+        """The old items followed by the new ones [B, R + S, C]; afterwards the ring holds the newest R of each row.
+
+        Where given, the result has `rows_R` only, and of the old items those in the first `slots` slots: it is a copy that decoding
+        makes anew for every token.
+        """
+        packed_BSC = self.record.pack(new_BSC)
+        joined = torch.cat([self.items(rows_R, slots), packed_BSC if rows_R is None else packed_BSC[rows_R]], 1)
+        slot_BW, index_BW = moves.writes(self.size)
+        if index_BW is None:
+            newest_BWC = packed_BSC[:, packed_BSC.shape[1] - slot_BW.shape[1]:]
+        else:
+            index_BWC = index_BW.clamp(min=0)[..., None].expand(-1, -1, packed_BSC.shape[2])
+            newest_BWC = packed_BSC.gather(1, index_BWC).where(index_BW[..., None] >= 0, self.at(slot_BW))
         self.write(slot_BW, newest_BWC)
         return self.record.unpack(joined)
+
+    @property
+    def size(self) -> int:
+        """The number R of slots."""
+        return self.items_BRC.shape[1]
+
+    def items(self, rows_R: Tensor | None, slots: int | None) -> Tensor:
+        """The items of some rows, or all, in the first `slots` slots, or all."""
+        items_BRC = self.items_BRC[:, :slots]
+        return items_BRC if rows_R is None else items_BRC[rows_R]
+
+    def at(self, slot_BW: Tensor) -> Tensor:
+        """The items in these slots [B, W, C]."""
+        return self.items_BRC.gather(1, slot_BW[..., None].expand(-1, -1, self.items_BRC.shape[2]))
 
     def write(self, slot_BW: Tensor, items_BWC: Tensor) -> None:
         """Replace the items in these slots."""

@@ -35,7 +35,7 @@ class Compressor(nn.Module):
         score_BSC = self.gate(x_BSW) + ops.wide(self.position_bias)[layout.position_BS % self.ratio]
         raw_BJC = torch.cat([self.value(x_BSW), score_BSC], -1)
         if stream is not None:
-            raw_BJC = stream.tail.extend(raw_BJC, layout.moves)
+            raw_BJC = stream.tail.extend(raw_BJC, layout.moves, blocks.rows_R)
             if not len(blocks.row_N) and not torch.is_grad_enabled():  # most decoded tokens complete no block
                 return stream.entries(blocks.entries)
         value_BJC, score_BJC = raw_BJC.chunk(2, -1)

@@ -19,7 +19,7 @@ from fathom.model.layers import rotary_frequencies
 class Blocks:
     """The N blocks of one ratio that this call's tokens complete, and the entries that each query may read.
 
-    Token indices are flat over [B, J], J the joined axis of `Ring.extend` (J = S without a cache).
+    Token indices are flat over [R, J], R the rows in `rows_R` and J the joined axis of `Ring.extend`; without a cache over [B, S].
     """
 
     row_N: Tensor
@@ -31,6 +31,7 @@ class Blocks:
     first_BS: Tensor
     count_BS: Tensor
     entries: int  # per row, for all queries of the call
+    rows_R: Tensor | None = None  # those that complete a block, if not all do; their raw tokens alone are needed
 
 
 class Layout:
@@ -48,11 +49,12 @@ class Layout:
         step_S = torch.arange(S, device=position_BS.device)
         self.place_BS = self.start_B[:, None] + step_S
         self.reach_BS = position_BS.clamp(max=config.sliding_window - 1)
-        self.key_place_BT = self.place_BS
+        self.key_place_BT, self.window_slots = self.place_BS, 0
         if cache is not None:  # the ring's slot r holds the last position before the start that is r modulo its size
             R = config.sliding_window
+            self.window_slots = min(R, self.moves.longest)  # the others are empty
             last_B1 = self.start_B[:, None] - 1
-            self.key_place_BT = torch.cat([last_B1 - (last_B1 - torch.arange(R, device=step_S.device)) % R,
+            self.key_place_BT = torch.cat([last_B1 - (last_B1 - torch.arange(self.window_slots, device=step_S.device)) % R,
                                            self.place_BS], 1)
         self._window_frequency = rotary_frequencies(config.qk_rope_head_dim, config.rope_theta, None)
         self._compressed_frequency = rotary_frequencies(config.qk_rope_head_dim, config.compress_rope_theta,
@@ -83,18 +85,21 @@ class Layout:
         done_BS = (self.start_B // ratio)[:, None] + ends_BS.cumsum(1)  # blocks of the row up to and with each token
         count_BS = (self.position_BS + 1) // ratio
         row_N, end_N = ends_BS.nonzero(as_tuple=True)
+        rows_R, place_N = row_N.unique(return_inverse=True) if cached else (None, row_N)
+        if rows_R is not None and len(rows_R) == B:
+            rows_R = None
         offset_R = torch.arange(1 - ratio, 1, device=row_N.device)
         position_N = self.position_BS[row_N, end_N] + 1 - ratio
         overlap = kind_of_ratio(ratio) == "csa"
         ring = (2 * ratio if overlap else ratio) if cached else 0
 
         def flat(step_NR: Tensor) -> Tensor:
-            """Index into [B, J] of tokens at steps of this call; negative steps are still in the ring."""
+            """Index into [R, J] of tokens at steps of this call; negative steps are still in the ring."""
             in_ring = (self.start_B[row_N, None] + step_NR) % max(ring, 1)
-            return row_N[:, None] * (ring + S) + (ring + step_NR).where(step_NR >= 0, in_ring)
+            return place_N[:, None] * (ring + S) + (ring + step_NR).where(step_NR >= 0, in_ring)
 
         step_NR = end_N[:, None] + offset_R
         entries = int(done_BS.max()) if cached else S // ratio
         return Blocks(row_N, done_BS[row_N, end_N] - 1, position_N, flat(step_NR),
                       flat(step_NR - ratio) if overlap else None, position_N >= ratio if overlap else None,
-                      (done_BS - count_BS).clamp(min=0), count_BS.where(self.real_BS, 0), entries)
+                      (done_BS - count_BS).clamp(min=0), count_BS.where(self.real_BS, 0), entries, rows_R)

@@ -134,7 +134,7 @@ class _Before:
     def __init__(self, size: int, group: Group):
         self.size, self.group = size, group
 
-    def extend(self, new_BSC: Tensor, moves: Moves) -> Tensor:
+    def extend(self, new_BSC: Tensor, moves: Moves, rows_R: Tensor | None = None, slots: int | None = None) -> Tensor:
         """The rank before's last items followed by the new ones [B, R + S, C]."""
         return _FromBefore.apply(new_BSC, self.size, self.group)
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fathom.engine.paged_cache import PagedCache, Row
 from fathom.errors import InputError
 from fathom.model.cache import Moves, Ring
 from fathom.model.transformer import Transformer
@@ -123,3 +124,28 @@ def test_ring_holds_the_last_items_of_each_row(counts, size):
         for row in (0, 1):
             for position in range(max(seen[row] - size, 0), seen[row]):
                 assert ring.items_BRC[row, position % size, 0] == position + 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(0, 12), min_size=3, max_size=3), count=st.integers(1, 9), paged=st.booleans(),
+       rows=st.sets(st.integers(0, 2)))
+def test_what_a_call_joins_can_be_limited_to_rows_and_filled_slots(lengths, count, paged, rows):
+    size, form = 8, small_config([128], sliding_window=8)
+    torch.manual_seed(count)
+    if paged:
+        cache = PagedCache(form, 4, 5, torch.float32, torch.device("cpu"))
+        places = [Row(slot, [slot - 1], length) for slot, length in zip((2, 4, 1), lengths, strict=True)]
+        rings = [cache.view(places, 64).layers[0].window for _ in range(2)]
+        held = rings[0].pool_SRC
+    else:
+        rings = [Ring(3, size, PlainRecord(form.head_dim, torch.float32), torch.device("cpu"))] * 2
+        held = rings[0].items_BRC
+    held.copy_(torch.randn_like(held))
+    before, new = held.clone(), torch.randn(3, count, form.head_dim)
+    moves, rows_R = Moves(torch.tensor(lengths), torch.full((3,), count), count), torch.tensor(sorted(rows), dtype=torch.int64)
+    whole, after = rings[0].extend(new, moves), held.clone()
+    held.copy_(before)
+    slots = min(size, moves.longest)
+    part = rings[1].extend(new, moves, rows_R, slots)
+    assert torch.equal(held, after) and part.shape == (len(rows), slots + count, form.head_dim)
+    assert torch.equal(part, torch.cat([whole[:, :slots], whole[:, size:]], 1)[rows_R])
