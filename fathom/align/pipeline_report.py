@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -139,8 +140,15 @@ def _heading(recipe: Pipeline) -> str:
     for size in recipe.sizes:
         counts = parameters(ModelConfig.load(find_model(Path(recipe.run) / size.name / "distilled")))
         sizes.append(f"{size.name} ({counts.total / 1e6:.2f}M parameters, {counts.activated / 1e6:.2f}M activated)")
-    return (f"<p>Sizes: {', '.join(sizes)}. {recipe.tasks} held-out tasks of each environment and mode, levels {list(recipe.levels)}, temperature "
+    return (f"<p>Sizes: {', '.join(sizes)}. {_careless(recipe)}{recipe.tasks} held-out tasks of each environment and mode, levels {list(recipe.levels)}, temperature "
             f"{recipe.temperature:g}, at most {recipe.score_tokens} tokens an episode; seed {recipe.seed}. A stage is one process with one thread.</p>")
+
+
+def _careless(recipe: Pipeline) -> str:
+    """How many of the demonstrations leave something out, in words; nothing where none does."""
+    paths = [Path(recipe.run) / recipe.teachers_size / f"sft-{name}" / "recipe.toml" for name in recipe.environments]
+    shares = {tomllib.loads(path.read_text(encoding="utf-8"))["demonstrations"].get("careless", 0.0) for path in paths if path.is_file()}
+    return f"Of the demonstrations, {max(shares):.0%} leave the last thing out. " if any(shares) else ""
 
 
 def _curves(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[str]:

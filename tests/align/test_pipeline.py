@@ -250,7 +250,10 @@ def test_the_page_has_all_tables_and_pictures(tmp_path, monkeypatch):
         (run / size / "distilled" / "small-flash.json").rename(run / size / "distilled" / "config.json")
     (run / "flash" / "grpo-math").mkdir()
     (run / "flash" / "grpo-math" / "metrics.jsonl").write_text('{"step": 1, "score": 0.1}\n{"step": 2, "score": 0.4}\n')
+    (run / "flash" / "sft-math").mkdir()
+    (run / "flash" / "sft-math" / "recipe.toml").write_text("[demonstrations]\ncareless = 0.5\n")
     page = pipeline_report.write_report(recipe).read_text()
+    assert "Of the demonstrations, 50% leave the last thing out." in page
     assert page.count("<img") == 2 and "Flash-Max" in page and "GRPO math" in page and "1.5" in page and "4.28M parameters" in page
     assert "87.5%" in page and "50.0% in the first 1 updates" in page
     assert json.loads((run / "report.json").read_text())["variants"][2][3] == "97.0%"
