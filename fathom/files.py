@@ -1,5 +1,6 @@
 """Files that appear whole or not at all. Everything that outlives a process is written through here."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fathom.errors import CheckpointError
+from fathom.errors import CheckpointError, FathomError
 
 
 @contextmanager
@@ -51,6 +52,24 @@ def write_text(path: str | Path, text: str) -> None:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for this process as long as the block lasts; FathomError where another one holds it.
+
+    The lock ends with the process, however it ends. Where the file system knows no locks nothing is guarded.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FathomError(f"another process works in {folder}; wait for it or stop it, or choose another folder") from None
+        except OSError:
+            pass
+        yield
 
 
 def remove_folder(path: Path) -> None:

@@ -26,7 +26,7 @@ from fathom.align.environments.base import EFFORTS, SEEDS, Environment
 from fathom.checkpoint.training import list_checkpoints
 from fathom.data.recall import repeating_texts
 from fathom.errors import FathomError, RecipeError
-from fathom.files import sha256, write_text
+from fathom.files import alone_in, sha256, write_text
 from fathom.signals import termination_as_interrupt
 from fathom.text import chat
 from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
@@ -108,11 +108,11 @@ class StageFailed(FathomError):
 def run_pipeline(recipe: Pipeline, root: Path, known: Mapping[str, Environment], report: Callable[[Pipeline], Path], console: Console) -> Path:
     """Run what is missing and write the report; its path. KeyboardInterrupt after Ctrl-C or SIGTERM, with every stage stopped and saved."""
     run = Path(recipe.run)
-    run.mkdir(parents=True, exist_ok=True)
-    write_text(run / "recipe.toml", recipes.dump(recipe))
-    prepare_corpus(recipe, root, known, console)
-    Runner(run, stages(recipe, root), recipe.workers, console).run()
-    return report(recipe)
+    with alone_in(run):
+        write_text(run / "recipe.toml", recipes.dump(recipe))
+        prepare_corpus(recipe, root, known, console)
+        Runner(run, stages(recipe, root), recipe.workers, console).run()
+        return report(recipe)
 
 
 def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:

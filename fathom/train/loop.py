@@ -26,6 +26,7 @@ from fathom.checkpoint.training import (
 )
 from fathom.data.packing import Batch
 from fathom.errors import FathomError, RecipeError
+from fathom.files import alone_in
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
 from fathom.optim.schedules import Attention
@@ -105,8 +106,8 @@ def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Op
 
     model.train()
     saved, step = start if list_checkpoints(run) else -1, start
-    with (Tracker(run, steps, start, console, tracking.tensorboard) if ranks.first else Nobody() as tracker,
-          _interrupts() as interrupted):
+    with (alone_in(run) if ranks.first else nullcontext(), _interrupts() as interrupted,
+          Tracker(run, steps, start, console, tracking.tensorboard) if ranks.first else Nobody() as tracker):
         while step < steps:
             began = time.monotonic()
             metrics = take_step(model, optimizer, stage, step, settings, ranks, guard, watch)

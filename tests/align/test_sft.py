@@ -11,7 +11,8 @@ from fathom.align.environments.math import MathEnvironment
 from fathom.align.sft import Demonstrations, Sft, conversations, examples, fine_tune
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
-from fathom.errors import CheckpointError, RecipeError
+from fathom.errors import CheckpointError, FathomError, RecipeError
+from fathom.files import alone_in
 from fathom.optim.lora import Lora, LoraOptimizer, lora_names
 from fathom.optim.muon import AdamW
 from fathom.optim.schedules import Schedule
@@ -94,6 +95,12 @@ def changed(base, run):
     """Names of the parameters that a run has changed."""
     before, after = (dict(load_model(find_model(path)).named_parameters()) for path in (base, run))
     return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_a_run_that_another_process_trains_is_left_alone(base, tmp_path):
+    with alone_in(tmp_path / "run"), pytest.raises(FathomError, match="another process works in"):
+        fine_tune(recipe(base, tmp_path / "run"), tmp_path, False, QUIET, TOYS)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_expert_only_tuning_changes_experts_and_nothing_else(base, tmp_path):
