@@ -48,22 +48,26 @@ class Conversation(NamedTuple):
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """`count` worked tasks of each environment, levels and efforts in equal parts.
+    """`count` worked tasks of each environment, or `counts`, one number for each; levels and efforts in equal parts.
 
     `careless` is the share of them that leaves the last thing out, as people's demonstrations do; held-out ones are all careful.
     """
 
     environments: tuple[str, ...]
     count: int = 1000
+    counts: tuple[int, ...] = ()
     levels: tuple[int, ...] = (1,)
     efforts: tuple[str, ...] = ("chat", "high")
     careless: float = 0.0
 
     def __post_init__(self):
         wrong = [effort for effort in self.efforts if effort not in EFFORTS]
-        if self.count < 1 or not self.levels or not self.efforts or wrong:
-            raise RecipeError(f"demonstrations: count is {self.count}, levels {list(self.levels)}, efforts {list(self.efforts)}; allowed: at "
-                              f"least 1, one or more, one or more of {', '.join(EFFORTS)}")
+        if len(self.counts) not in (0, len(self.environments)):
+            raise RecipeError(f"demonstrations.counts has {len(self.counts)} numbers for {len(self.environments)} environments; give one for "
+                              "each, or count")
+        if min((self.count, *self.counts)) < 1 or not self.levels or not self.efforts or wrong:
+            raise RecipeError(f"demonstrations: count is {self.count}, counts {list(self.counts)}, levels {list(self.levels)}, efforts {list(self.efforts)}; allowed: at "
+                              f"least 1, at least 1, one or more, one or more of {', '.join(EFFORTS)}")
         if not 0 <= self.careless <= 1:
             raise RecipeError(f"demonstrations.careless is {self.careless}; allowed: from 0 to 1")
 
@@ -194,11 +198,12 @@ def examples(messages: list[dict], mode: str, tokenizer: Tokenizer, effort: str 
 
 def _demonstrations(wanted: Demonstrations, seed: int, held_out: bool, known: Mapping[str, Environment]) -> list[Conversation]:
     rng, rows = random.Random(f"{seed}/{held_out}"), []
-    for name, environment in environments_named(wanted.environments, known).items():
+    counts = wanted.counts or (wanted.count,) * len(wanted.environments)
+    for (name, environment), count in zip(environments_named(wanted.environments, known).items(), counts, strict=True):
         levels = [level for level in wanted.levels if level in environment.levels]
         if not levels:
             raise RecipeError(f"demonstrations.levels is {list(wanted.levels)}; {name} has {environment.levels[0]} to {environment.levels[-1]}")
-        for number in range(min(HELD_OUT_QUESTIONS, wanted.count) if held_out else wanted.count):
+        for number in range(min(HELD_OUT_QUESTIONS, count) if held_out else count):
             effort = wanted.efforts[number % len(wanted.efforts)]
             level = levels[number // len(wanted.efforts) % len(levels)]
             task = environment.task(rng.randrange(SEEDS), "held_out" if held_out else "train", level)

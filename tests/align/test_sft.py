@@ -97,6 +97,15 @@ def changed(base, run):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def test_every_environment_can_have_a_count_of_its_own(base, tmp_path):
+    wanted = Demonstrations(("letters", "looking"), 5, counts=(7, 2))
+    rows = conversations(recipe(base, tmp_path / "run", demonstrations=wanted), tmp_path, False, TOYS)
+    assert [sum(len(row.messages) > 3 for row in rows), len(rows)] == [2, 9]
+    for counts, complaint in (((1, 2), "counts has 2 numbers for 1 environments"), ((0,), r"counts \[0\]")):
+        with pytest.raises(RecipeError, match=complaint):
+            Demonstrations(("letters",), counts=counts)
+
+
 def test_a_run_that_another_process_trains_is_left_alone(base, tmp_path):
     with alone_in(tmp_path / "run"), pytest.raises(FathomError, match="another process works in"):
         fine_tune(recipe(base, tmp_path / "run"), tmp_path, False, QUIET, TOYS)
