@@ -18,7 +18,7 @@ from fathom.align.environments.agent import AgentEnvironment
 from fathom.align.environments.base import Score, Task
 
 RESULTS = Path(__file__).resolve().parent / "results" / "agent.json"
-TASKS, TURNS, TOKENS = 100, 50, 320
+TASKS, TURNS, TOKENS, LEVEL = 100, 50, 320, 1
 INSTRUCTIONS = "You keep a shop. " * 40  # of the long conversation: agents carry long ones
 
 
@@ -53,7 +53,7 @@ def solve_tasks(client: openai.OpenAI, environment: AgentEnvironment, tasks: int
     """Held-out tasks, each in a conversation of its own."""
     scores, requests = [], 0
     for number in range(tasks):
-        task, agent = environment.task(number, "held_out", 1 + number % 2), Agent(client, "high")
+        task, agent = environment.task(number, "held_out", LEVEL), Agent(client, "high")
         score = agent.solve(environment, task)
         scores.append(score)
         requests += len(agent.usage)
@@ -69,7 +69,7 @@ def long_conversation(client: openai.OpenAI, environment: AgentEnvironment, turn
     """Task after task in one conversation, until so many answers were asked for."""
     agent, number = Agent(client, "max", INSTRUCTIONS), 0
     while len(agent.usage) < turns:
-        agent.solve(environment, environment.task(number, "held_out", 2))
+        agent.solve(environment, environment.task(number, "held_out", LEVEL))
         number += 1
     usage = agent.usage[:turns]
     asked, hit = (sum(getattr(each, name) for each in usage) for name in ("prompt_tokens", "prompt_cache_hit_tokens"))
