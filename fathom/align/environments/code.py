@@ -43,7 +43,7 @@ class CodeEnvironment(Environment):
         kind = rng.choice(self.kinds)
         function = KINDS[kind](rng, level)
         facts = {"kind": kind, "code": function.code, "high": function.high, "max": function.max, "tests": function.tests,
-                 "careless": function.careless}
+                 "careless": [*function.careless]}
         return [{"role": "user", "content": function.question}], facts
 
     def score(self, task: Task, turns: list[dict]) -> Score:

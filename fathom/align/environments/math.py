@@ -33,7 +33,7 @@ class MathEnvironment(Environment):
         """A problem of a random kind that has this level."""
         kind = rng.choice([kind for kind in self.kinds if level >= FIRST_LEVEL.get(kind, 1)])
         problem = KINDS[kind](rng, level)
-        facts = {"kind": kind, "high": problem.high, "max": problem.max, "answer": problem.answer, "careless": problem.careless}
+        facts = {"kind": kind, "high": problem.high, "max": problem.max, "answer": problem.answer, "careless": [*problem.careless]}
         return [{"role": "user", "content": problem.question}], facts
 
     def score(self, task: Task, turns: list[dict]) -> Score:
