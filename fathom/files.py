@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all. Everything that outlives a process is written through here."""
+"""Files that appear whole or not at all, and folders that one process holds. Everything that outlives a process is written through here."""
 
 import fcntl
 import hashlib
@@ -55,18 +55,23 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def alone_in(folder: str | Path) -> Iterator[None]:
-    """Hold a folder for this process as long as the block lasts; FathomError where another one holds it.
+def alone_in(folder: str | Path, refusal: str = "") -> Iterator[None]:
+    """Hold a folder for this process as long as the block lasts; FathomError, with `refusal` for its text, where another one holds it.
 
-    The lock ends with the process, however it ends. Where the file system knows no locks nothing is guarded.
+    The lock ends with the process, however it ends. Where the file system knows no locks nothing is guarded. CheckpointError for a
+    folder that cannot be written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror or error}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FathomError(f"another process works in {folder}; wait for it or stop it, or choose another folder") from None
+            raise FathomError(refusal or f"another process works in {folder}; wait for it or stop it, or choose another folder") from None
         except OSError:
             pass
         yield

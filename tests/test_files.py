@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fathom.align.pipeline import Pipeline, Size, run_pipeline
-from fathom.errors import FathomError
+from fathom.errors import CheckpointError, FathomError
 from fathom.files import alone_in
 
 HOLD = "import sys, time; from fathom.files import alone_in\nwith alone_in(sys.argv[1]): print('held', flush=True); time.sleep(600)"
@@ -33,6 +33,12 @@ def test_a_folder_is_held_until_its_process_ends_however_it_ends(held):
     with alone_in(folder):
         pass
     with alone_in(folder):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write to .*file/run: Not a directory"), alone_in(tmp_path / "file" / "run"):
         pass
 
 

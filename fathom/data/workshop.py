@@ -4,7 +4,6 @@ A part is a folder that appears when it is whole (`files.new_folder`) and says b
 process at a time works here; parts may be made by several processes of its own.
 """
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from fathom.errors import DataError, FathomError
+from fathom.files import alone_in
 
 Job = tuple[Path, Callable[..., None], tuple]  # the part's folder, and what makes it: function(folder, *arguments)
 
@@ -26,12 +26,7 @@ def workshop(out: Path) -> Iterator[Path]:
     """The work folder of `out`, this process's alone; what a killed one left unfinished is cleared away first."""
     folder = out.with_name(f".{out.name}.work")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise DataError(f"another process prepares {out}; wait for it, or choose another out") from error
+        with alone_in(folder, f"another process prepares {out}; wait for it, or choose another out"):
             for left in (*folder.glob(".*.partial"), *folder.glob(".*.replaced"), *out.parent.glob(f".{out.name}.*.partial")):
                 shutil.rmtree(left, ignore_errors=True)
             yield folder

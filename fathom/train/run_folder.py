@@ -16,7 +16,7 @@ from rich.console import Console
 from fathom import recipe as recipes
 from fathom.checkpoint.training import TrainingState, list_checkpoints, load_checkpoint
 from fathom.errors import CheckpointError, RecipeError
-from fathom.files import write_text
+from fathom.files import alone_in, write_text
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
 from fathom.train.loop import Stage, seconds_a_step
@@ -33,8 +33,9 @@ def start_run(run: Path, recipe: Any) -> None:
     """Make a new run's folder with its resolved recipe; a folder that holds a run already is never overwritten."""
     if list_checkpoints(run):
         raise RecipeError(f"{run} already holds a run; --resume continues it, --set run=... starts another")
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    write_text(run / RECIPE, recipes.dump(recipe))
+    with alone_in(run):  # a run that has no checkpoint yet may be in training
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        write_text(run / RECIPE, recipes.dump(recipe))
     environment = {"python": platform.python_version(), "platform": platform.platform(), "torch": torch.__version__,
                    "threads": torch.get_num_threads(), "fathom": metadata.version("fathom")}
     write_text(run / "environment.json", json.dumps(environment, indent=2) + "\n")

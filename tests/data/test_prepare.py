@@ -142,7 +142,7 @@ def test_weights_set_the_shares(root, tmp_path):
 def test_killed_at_any_stage_the_same_command_finishes_with_the_same_bytes(root, corpus, tmp_path):
     out, work = tmp_path / "corpus", tmp_path / ".corpus.work"
     write_recipe(root, tmp_path)
-    for stage, end in (("lock", signal.SIGKILL), ("read-*", signal.SIGKILL), ("tokenizer-*", signal.SIGINT), ("tokens-*", signal.SIGKILL)):
+    for stage, end in ((".lock", signal.SIGKILL), ("read-*", signal.SIGKILL), ("tokenizer-*", signal.SIGINT), ("tokens-*", signal.SIGKILL)):
         process = subprocess.Popen(command("data", "prepare", tmp_path / "recipe.toml"), env=environment(), stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 300
@@ -207,7 +207,7 @@ def test_a_recipe_from_the_command_line(root, tmp_path):
 
 
 def test_another_process_on_the_same_corpus_is_refused(root, tmp_path):
-    with module.workshop(tmp_path / "out"), pytest.raises(DataError, match="another process prepares"):
+    with module.workshop(tmp_path / "out"), pytest.raises(FathomError, match="another process prepares"):
         make(root, tmp_path / "out")
 
 

@@ -134,7 +134,7 @@ class Environment(ABC):
         """As `demonstration`, but the last thing to do is left out: finished and well formed, and as a rule wrong. InputError where
         the domain has none.
         """
-        raise InputError(f"{self.name} has no careless demonstrations; leave them out, or name one of math, code, agent, instructions")
+        raise InputError(f"{self.name} has no careless demonstrations; set demonstrations.careless to 0")
 
     def close(self) -> None:
         """Give back what the environment holds (processes of a sandbox); it may be used again afterwards."""
