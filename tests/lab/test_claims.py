@@ -223,6 +223,16 @@ def test_a_run_that_fails_is_named_with_its_last_words(base, tmp_path, monkeypat
         claims.run_experiments("compression", tmp_path, base, ['data.sources=["no-such-folder"]'], 1, Console(quiet=True))
 
 
+@pytest.mark.parametrize("gaps, indexer_above_oracle, caught, outcome", [
+    ((0.10, 0.11, 0.12), 0.02, 0.5, "reproduced"), ((0.10, 0.11, 0.12), 0.08, 0.5, "partly"), ((0.10, 0.11, 0.12), 0.11, 0.99, "not"),
+    ((0.001, 0.0, -0.001), 0.0, 0.95, "partly"), ((0.001, 0.0, -0.001), 0.0, 0.8, "not"), ((-0.1, -0.1, -0.1), 0.0, 0.8, "not")])
+def test_the_indexer_is_judged_by_bits_only_where_they_tell_choices_apart(gaps, indexer_above_oracle, caught, outcome):
+    runs = [{"bits_oracle": 1.0, "bits_indexer": 1.0 + indexer_above_oracle, "bits_random": 1.0 + gap, "bits_nothing": 2.0, "mass_caught": caught}
+            for gap in gaps]
+    verdict = indexer.EXPERIMENT.judge({"trained": runs})
+    assert verdict.outcome == outcome and ("too little difference" in verdict.ours) == (min(gaps) <= 0)
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_stops_its_runs_which_go_on_later(base, tmp_path, sent):
     arguments = "lab", "run", "compression", "--recipe", base, "--out", tmp_path, "--jobs", 1, "--set", "schedule.steps=100000"
