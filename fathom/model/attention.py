@@ -10,7 +10,7 @@ from fathom.config import ModelConfig
 from fathom.model.cache import LayerCache
 from fathom.model.compressor import Compressor
 from fathom.model.indexer import Indexer
-from fathom.model.layers import Linear, RMSNorm, rms_normalise, rotate
+from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
 from fathom.quant.rounding import EXACT
 
@@ -48,9 +48,9 @@ class Attention(nn.Module):
         """The sublayer's output [B, S, W] and, in training of a layer with an indexer, the indexer's loss."""
         turn_BSC = layout.compressed_turn_BSC if self.ratio else layout.window_turn_BSC
         latent_BSR = self.query_norm(self.query_down(x_BSW))
-        q_BSHD = rms_normalise(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), self.eps)
-        q_BSHD = rotate(q_BSHD, turn_BSC[:, :, None])
-        kv_BTD = self.rounding.entries(rotate(self.key_value_norm(self.key_value(x_BSW)), turn_BSC))
+        q_BSHD = ops.rms_normalise(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), self.eps)
+        q_BSHD = ops.rotate(q_BSHD, turn_BSC[:, :, None])
+        kv_BTD = self.rounding.entries(ops.rotate(self.key_value_norm(self.key_value(x_BSW)), turn_BSC))
         if cache is not None:
             kv_BTD = cache.window.extend(kv_BTD, layout.moves, slots=layout.window_slots)
         window = ops.Window(kv_BTD, layout.key_place_BT, layout.place_BS, layout.reach_BS)
@@ -68,11 +68,10 @@ class Attention(nn.Module):
                 index_loss = self.indexer.objective(scorer, q_BSHD, window, entries, self.sink)
 
         out_BSHD = ops.attention(q_BSHD, window, entries, self.sink)
-        out_BSHD = rotate(out_BSHD, turn_BSC[:, :, None], inverse=True)
+        out_BSHD = ops.rotate(out_BSHD, turn_BSC[:, :, None], inverse=True)
         return self._project(out_BSHD), index_loss
 
     def _project(self, out_BSHD: Tensor) -> Tensor:
         """Each group of heads to its own low rank, all of them back to the width (report 2.3.3)."""
         grouped_BSGI = out_BSHD.flatten(2).unflatten(-1, (self.groups, -1))
-        down_GRI = ops.dense(self.output_down.matrix, out_BSHD.dtype).unflatten(0, (self.groups, -1))
-        return self.output_up(torch.einsum("bsgi,gri->bsgr", grouped_BSGI, down_GRI).flatten(2))
+        return self.output_up(ops.grouped_linear(grouped_BSGI, self.output_down.matrix))

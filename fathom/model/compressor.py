@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fathom import ops
 from fathom.config import kind_of_ratio
 from fathom.model.cache import Stream
-from fathom.model.layers import Linear, RMSNorm, rotate
+from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
 from fathom.quant.rounding import EXACT
 
@@ -40,7 +40,7 @@ class Compressor(nn.Module):
                 return stream.entries(blocks.entries)
         value_BJC, score_BJC = raw_BJC.chunk(2, -1)
         pooled_ND = ops.pool_blocks(value_BJC, score_BJC, blocks.current_NR, blocks.previous_NR, blocks.has_previous_N)
-        new_ND = rounded(rotate(self.norm(pooled_ND.to(x_BSW.dtype)), layout.turn(blocks.position_N, compressed=True)))
+        new_ND = rounded(ops.rotate(self.norm(pooled_ND.to(x_BSW.dtype)), layout.turn(blocks.position_N, compressed=True)))
         if stream is not None:
             stream.put(blocks.row_N, blocks.slot_N, new_ND)
             return stream.entries(blocks.entries)

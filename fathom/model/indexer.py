@@ -11,7 +11,7 @@ from fathom import ops
 from fathom.config import ModelConfig
 from fathom.model.cache import Stream
 from fathom.model.compressor import Compressor
-from fathom.model.layers import Linear, rotate
+from fathom.model.layers import Linear
 from fathom.model.layout import Layout
 from fathom.quant.rounding import EXACT, Rounding
 
@@ -30,7 +30,7 @@ class Indexer(nn.Module):
                 stream: Stream | None, rounding: Rounding = EXACT) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, D], head weights [B, S, H] and keys [B, M, D], from which scores are made."""
         q_BSHD = self.query_up(latent_BSR).unflatten(-1, (self.heads, -1))
-        q_BSHD = rounding.index(rotate(q_BSHD, layout.compressed_turn_BSC[:, :, None]))
+        q_BSHD = rounding.index(ops.rotate(q_BSHD, layout.compressed_turn_BSC[:, :, None]))
         return q_BSHD, self.head_weights(x_BSW), self.compressor(x_BSW, layout, stream, rounding.index)
 
     @torch.no_grad()

@@ -1,10 +1,9 @@
-"""Small shared layers: linear, RMS norms, interleaved rotary with its inverse, YaRN frequencies (report 2.3.3)."""
+"""Small shared layers: linear, RMS norms, the rotary frequencies with YaRN (report 2.3.3)."""
 
 import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom import ops
@@ -41,12 +40,6 @@ class Linear(nn.Module):
         return ops.linear(self.rounding.inputs(x), self.matrix)
 
 
-def rms_normalise(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """x [..., D] divided by its root mean square and, if given, times a weight [D]; computed in float32, in the dtype of x."""
-    weight = None if weight is None else ops.wide(weight)
-    return F.rms_norm(ops.wide(x), x.shape[-1:], weight, eps).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """RMS normalisation of the last axis with a learned weight [D]."""
 
@@ -56,7 +49,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalise(x, self.eps, self.weight)
+        return ops.rms_normalise(x, self.eps, self.weight)
 
 
 @lru_cache
@@ -75,14 +68,3 @@ def rotary_frequencies(channels: int, theta: float, scaling: RopeScaling | None)
     pair = torch.arange(channels // 2, dtype=torch.float32)
     slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequency / scaling.factor * slowed + frequency * (1 - slowed)
-
-
-def rotate(x: Tensor, turn: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate the trailing channels of x [..., D], pairs of neighbours as complex numbers, by `turn` [..., C], C <= D / 2; in float32.
-
-    `turn` holds complex numbers of length 1 and has the leading axes of x up to broadcasting; `inverse` turns back.
-    """
-    C = turn.shape[-1]
-    plain, pairs = x[..., : x.shape[-1] - 2 * C], ops.wide(x[..., x.shape[-1] - 2 * C:]).unflatten(-1, (C, 2))
-    turned = torch.view_as_complex(pairs) * (turn.conj() if inverse else turn)
-    return torch.cat([plain, torch.view_as_real(turned).flatten(-2).to(x.dtype)], -1)

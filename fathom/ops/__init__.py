@@ -14,6 +14,13 @@ import fathom.ops.cpu.losses
 import fathom.ops.cpu.orthogonalize
 import fathom.ops.cpu.selected_attention
 import fathom.ops.cpu.streams
+import fathom.ops.native.attention
+import fathom.ops.native.experts
+import fathom.ops.native.index_topk
+import fathom.ops.native.linear
+import fathom.ops.native.norm
+import fathom.ops.native.rotary
+import fathom.ops.native.streams
 from fathom.ops.attention import (
     Entries,
     Window,
@@ -28,10 +35,12 @@ from fathom.ops.experts import clamped_swiglu, routed_experts
 from fathom.ops.grouped_attention import grouped_attention, key_mass
 from fathom.ops.index_objective import index_objective
 from fathom.ops.index_topk import index_scores, index_topk
-from fathom.ops.linear import Matrix, dense, linear
+from fathom.ops.linear import Matrix, dense, grouped_linear, linear
 from fathom.ops.losses import IGNORE, cross_entropy, index_divergence, sequence_balance
+from fathom.ops.norm import rms_normalise
 from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import wide
+from fathom.ops.rotary import rotate
 from fathom.ops.streams import collapse_coefficients, sinkhorn, stream_coefficients, streams_in, streams_out
 
 if torch.cuda.is_available() and find_spec("triton"):
@@ -39,7 +48,7 @@ if torch.cuda.is_available() and find_spec("triton"):
 
 __all__ = [
     "IGNORE", "Entries", "Matrix", "Window", "attended_entries", "attention", "clamped_swiglu", "collapse_coefficients",
-    "cross_entropy", "dense", "entry_mass", "grouped_attention", "index_divergence", "index_objective", "index_scores", "index_topk", "key_mass", "linear",
-    "orthogonalize", "pool_blocks", "routed_experts", "sequence_balance", "sinkhorn", "stream_coefficients", "streams_in", "streams_out", "using",
+    "cross_entropy", "dense", "entry_mass", "grouped_attention", "index_divergence", "index_objective", "index_scores", "index_topk", "key_mass", "grouped_linear", "linear",
+    "orthogonalize", "pool_blocks", "rms_normalise", "rotate", "routed_experts", "sequence_balance", "sinkhorn", "stream_coefficients", "streams_in", "streams_out", "using",
     "visible_entries", "wide",
 ]

@@ -20,3 +20,10 @@ def dense(weight: Matrix, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [..., I] times the transposed matrix [O, I] -> [..., O], in the dtype of x."""
     return F.linear(x, dense(weight, x.dtype))
+
+
+@op
+def grouped_linear(x_BSGI: Tensor, weight: Matrix) -> Tensor:
+    """Each group's own part of a matrix [G R, I] applied to its x [B, S, G, I] -> [B, S, G R] (report 2.3.3)."""
+    matrix_GRI = dense(weight, x_BSGI.dtype).unflatten(0, (x_BSGI.shape[2], -1))
+    return torch.einsum("bsgi,gri->bsgr", x_BSGI, matrix_GRI).flatten(2)

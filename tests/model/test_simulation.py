@@ -12,7 +12,7 @@ from fathom import ops
 from fathom.checkpoint.layouts import LAYOUTS
 from fathom.checkpoint.names import released_name
 from fathom.checkpoint.released import save_model
-from fathom.model.layers import Linear, rotate
+from fathom.model.layers import Linear
 from fathom.ops.cpu.products import times
 from fathom.quant import rounding as rounding_module
 from fathom.quant.rounding import EXACT, ReleasedRounding
@@ -161,8 +161,8 @@ def test_the_inverse_rotation_and_scores_are_not_rounded(folders):
     q = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     angle = torch.arange(64).float()[None, :, None] * CONFIG.rope_theta ** -(torch.arange(0, 32, 2) / 32)
     turn, place = torch.polar(torch.ones_like(angle), angle), torch.arange(64)[None]
-    out = ops.attention.definition(rotate(q, turn[:, :, None]), ops.Window(keys, place, place, place), None, attention.sink)
-    grouped = rotate(out, turn[:, :, None], inverse=True).flatten(2).unflatten(-1, (2, -1))
+    out = ops.attention.definition(ops.rotate(q, turn[:, :, None]), ops.Window(keys, place, place, place), None, attention.sink)
+    grouped = ops.rotate(out, turn[:, :, None], inverse=True).flatten(2).unflatten(-1, (2, -1))
     expected = torch.einsum("bsgi,gri->bsgr", grouped, attention.output_down.weight.unflatten(0, (2, -1))).flatten(2)
     torch.testing.assert_close(calls[0], expected, atol=1e-4, rtol=0)
 

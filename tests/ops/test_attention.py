@@ -13,6 +13,12 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SHAPES = [(window, S) for window in (20, 70) for S in (1, window - 1, window, window + 1, 3 * window + 5)]
 
 
+@pytest.fixture(autouse=True)
+def without_native_kernels(monkeypatch):
+    """These tests are about the implementations in PyTorch, which do all the work where there is no C compiler."""
+    monkeypatch.setattr("fathom.ops.native.library.library", lambda: None)
+
+
 def problem(window, position, M, selected=None, start=None):
     """Arguments for tokens at `position` [B, S] of their documents; rows that started earlier see a ring of keys.
 

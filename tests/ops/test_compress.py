@@ -5,7 +5,6 @@ import torch
 
 from fathom import ops
 from fathom.model.compressor import Compressor
-from fathom.model.layers import rotate
 from fathom.model.layout import Layout
 from tests.models import small_config
 
@@ -77,9 +76,9 @@ def test_inverse_rotation_undoes_rotation_and_scores_depend_on_distance_only():
     layout = Layout(config, torch.arange(3)[None], torch.tensor([3]), None)
 
     def turned(x, position):
-        return rotate(x, layout.turn(torch.tensor(position), compressed=True))
+        return ops.rotate(x, layout.turn(torch.tensor(position), compressed=True))
 
     turn = layout.turn(torch.tensor(77), compressed=True)
-    torch.testing.assert_close(rotate(turned(q, 77), turn, inverse=True), q, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ops.rotate(turned(q, 77), turn, inverse=True), q, atol=1e-6, rtol=0)
     assert torch.equal(turned(q, 5)[:16], q[:16])  # only the trailing channels turn
     torch.testing.assert_close(turned(q, 40) @ turned(k, 13), turned(q, 1027) @ turned(k, 1000), atol=1e-4, rtol=0)

@@ -21,6 +21,12 @@ STACKS = [*MATRICES, (3, 5, 64), (2, 2, 130, 36), (2, 257, 260)]
 X_SHAPES = [(), (1,), (7,), (2, 3), (1, 200)]
 
 
+@pytest.fixture(autouse=True)
+def without_native_kernels(monkeypatch):
+    """These tests are about the implementations in PyTorch, which do all the work where there is no C compiler."""
+    monkeypatch.setattr("fathom.ops.native.library.library", lambda: None)
+
+
 def packed(kind, scale_dtype, shape, seed=0, low=90, high=130):
     """Random codes, every FP8 number among them, and scales from 2^(low - 127) to 2^(high - 127), or beside the powers of two."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,6 +11,12 @@ ITERATIONS, EPS, NORM_EPS = 20, 1e-6, 1e-6
 SHAPES = [(1, 1, 1, 5), (1, 1, 4, 8), (2, 3, 2, 7), (3, 5, 4, 16), (1, 9, 8, 3), (2, 700, 4, 8)]  # B, S, N, W
 
 
+@pytest.fixture(autouse=True)
+def without_native_kernels(monkeypatch):
+    """These tests are about the implementations in PyTorch, which do all the work where there is no C compiler."""
+    monkeypatch.setattr("fathom.ops.native.library.library", lambda: None)
+
+
 def random(*shape, seed, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 

@@ -10,7 +10,7 @@ from fathom import ops
 from fathom.config import ModelConfig
 from fathom.model.baselines.mla import LatentAttention
 from fathom.model.cache import LayerCache
-from fathom.model.layers import Linear, rotate
+from fathom.model.layers import Linear
 from fathom.model.layout import Layout
 
 
@@ -28,8 +28,8 @@ class TokenIndexer(nn.Module):
     def forward(self, x_BSW: Tensor, latent_BSR: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, D], head weights [B, S, H] and keys [B, M, D], from which scores are made."""
         turn_BSC = layout.compressed_turn_BSC
-        q_BSHD = rotate(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), turn_BSC[:, :, None])
-        key_BSD = rotate(self.key_norm(self.key(x_BSW)), turn_BSC)
+        q_BSHD = ops.rotate(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), turn_BSC[:, :, None])
+        key_BSD = ops.rotate(self.key_norm(self.key(x_BSW)), turn_BSC)
         return q_BSHD, self.head_weights(x_BSW), key_BSD if cache is None else cache.keys.extend(key_BSD, layout.tokens)
 
     @torch.no_grad()

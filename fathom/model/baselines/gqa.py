@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fathom import ops
 from fathom.config import ModelConfig
 from fathom.model.cache import LayerCache
-from fathom.model.layers import Linear, RMSNorm, rotate
+from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
 
 
@@ -32,8 +32,8 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x_BSW: Tensor, layout: Layout, cache: LayerCache | None, phase: str | None) -> tuple[Tensor, None]:
         """The sublayer's output [B, S, W]; nothing to teach beside it."""
         turn_BSC = layout.compressed_turn_BSC[:, :, None]
-        q_BSHD = rotate(self.query_norm(self.query(x_BSW).unflatten(-1, (self.heads, -1))), turn_BSC)
-        key_BSGD = rotate(self.key_norm(self.key(x_BSW).unflatten(-1, (self.groups, -1))), turn_BSC)
+        q_BSHD = ops.rotate(self.query_norm(self.query(x_BSW).unflatten(-1, (self.heads, -1))), turn_BSC)
+        key_BSGD = ops.rotate(self.key_norm(self.key(x_BSW).unflatten(-1, (self.groups, -1))), turn_BSC)
         value_BSGD = self.value(x_BSW).unflatten(-1, (self.groups, -1))
         tokens = layout.tokens
         if cache is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fathom import ops
 from fathom.config import ModelConfig
 from fathom.model.cache import LayerCache
-from fathom.model.layers import Linear, RMSNorm, rotate
+from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
 
 
@@ -54,7 +54,7 @@ class LatentAttention(nn.Module):
     def latents(self, x_BSW: Tensor, layout: Layout, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         """The query latents [B, S, R] of the new tokens, and latents and rotary keys [B, M, L + P] of all so far."""
         latent_BSL, rotary_BSP = self.latent_down(x_BSW).split([self.latent, self.rotary], -1)
-        kept_BSC = rotate(torch.cat([self.latent_norm(latent_BSL), rotary_BSP], -1), layout.compressed_turn_BSC)
+        kept_BSC = ops.rotate(torch.cat([self.latent_norm(latent_BSL), rotary_BSP], -1), layout.compressed_turn_BSC)
         kept_BMC = kept_BSC if cache is None else cache.entries.extend(kept_BSC, layout.tokens)
         return self.query_norm(self.query_down(x_BSW)), kept_BMC
 
@@ -64,7 +64,7 @@ class LatentAttention(nn.Module):
 
     def form(self, latent_BSR: Tensor, kept_BMC: Tensor, layout: Layout, expand: bool) -> Heads:
         """Queries, keys and values, expanded or absorbed."""
-        q_BSHD = rotate(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), layout.compressed_turn_BSC[:, :, None])
+        q_BSHD = ops.rotate(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), layout.compressed_turn_BSC[:, :, None])
         latent_BML, rotary_BMP = kept_BMC.split([self.latent, self.rotary], -1)
         if not expand:
             plain_BSHD, turned_BSHP = q_BSHD.split([self.channels, self.rotary], -1)

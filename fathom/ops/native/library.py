@@ -1,0 +1,112 @@
+"""Compiles kernels.c once for this machine, loads it, and says which tensors its kernels take.
+
+The compiled file lies in the user's cache (`XDG_CACHE_HOME`, else ~/.cache) under a name made of all that went into it. FATHOM_NATIVE=0 does without, and so
+does a machine without a C compiler.
+"""
+
+import atexit
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ["-O3", "-march=native", "-fPIC"]
+_PLAIN, _DTYPES = (Tensor, nn.Parameter), (torch.float32, torch.bfloat16)
+_SHARED_WORK = 1 << 16  # numbers that are read: below it, one thread has done before a second one has begun
+_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_ARGUMENTS = {
+    "linear": [_P, _I, _L, _L, _P, _L, _L, _P, _I],
+    "rms_normalise": [_P, _P, _L, _L, _F, _P],
+    "rotate": [_P, _P, *[_L] * 4, _I, _P],
+    "experts": [*[_P] * 6, _I, *[_L] * 4, _F, *[_P] * 5, _I],
+    "stream_coefficients": [*[_P] * 4, *[_L] * 4, _F, _F, *[_P] * 4, _I],
+    "streams_in": [_P, _P, _L, _L, _L, _P],
+    "streams_out": [*[_P] * 4, _L, _L, _L, _P],
+    "attention": [*[_P] * 3, _I, *[_P] * 7, *[_L] * 8, _P, _I],
+    "index_topk": [*[_P] * 3, _I, _P, _P, *[_L] * 6, *[_P] * 3, _I],
+}
+
+
+@lru_cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled if they are not yet; None where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get("FATHOM_NATIVE") == "0" or compiler is None:
+        return None
+    openmp = _openmp()
+    flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
+    made_of = [_SOURCE.read_bytes(), repr([compiler, *flags]).encode(), _processor()]
+    name = f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+    try:
+        if openmp:
+            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's own threads, not a second set of them
+        found = ctypes.CDLL(str(_made(compiler, flags, name)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for kernel_name, arguments in _ARGUMENTS.items():
+        kernel = getattr(found, f"fathom_{kernel_name}")
+        kernel.argtypes, kernel.restype = arguments, None
+    return found
+
+
+def _made(compiler: str, flags: list[str], name: str) -> Path:
+    """The compiled file: in the user's cache, or where that cannot be written in a folder of this process alone."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
+    if (folder / name).exists():
+        return folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder))
+    except OSError:
+        folder = work = Path(tempfile.mkdtemp())
+    try:
+        # Linked in a call of its own, without -fopenmp, which would bring a second set of threads.
+        for command in ([*flags, "-c", str(_SOURCE), "-o", str(work / "kernels.o")], ["-shared", str(work / "kernels.o"), "-o", str(work / name), "-lm"]):
+            subprocess.run([compiler, *command], check=True, capture_output=True, timeout=120)
+        os.replace(work / name, folder / name)  # no other process finds half a file
+    finally:
+        if work != folder:
+            shutil.rmtree(work, ignore_errors=True)
+        else:
+            atexit.register(shutil.rmtree, work, ignore_errors=True)
+    return folder / name
+
+
+def _openmp() -> Path | None:
+    """The library of threads that torch has loaded."""
+    return next(iter(sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))), None)
+
+
+def _processor() -> bytes:
+    """What "native" stands for: a cache may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        return b"|".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {sysconfig.get_platform()}".encode()
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Whether kernels take these tensors [...]: plain ones of float32 or bfloat16 on the CPU while no gradients are recorded."""
+    return (not torch.is_grad_enabled() and all(type(x) in _PLAIN and x.is_cpu and x.dtype in _DTYPES for x in tensors)
+            and library() is not None)
+
+
+def ready(x: Tensor) -> Tensor:
+    """x [...] in float32 without gaps, as kernels want what is not a matrix; the caller keeps it alive while they run."""
+    return x.float().contiguous()
+
+
+def threads(numbers: int) -> int:
+    """How many threads read so many numbers."""
+    return torch.get_num_threads() if numbers >= _SHARED_WORK else 1
