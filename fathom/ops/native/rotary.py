@@ -6,7 +6,7 @@ from torch import Tensor
 from fathom.ops.native.library import library, ready, runs
 from fathom.ops.rotary import rotate
 
-_NUMBERS = 1 << 15
+_NUMBERS = 1 << 17
 
 
 def _supports(x: Tensor, turn: Tensor, inverse: bool = False) -> bool:

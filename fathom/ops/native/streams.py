@@ -6,7 +6,7 @@ from torch import Tensor
 from fathom.ops.native.library import library, ready, runs, threads
 from fathom.ops.streams import stream_coefficients, streams_in, streams_out
 
-_TOKENS = 16
+_TOKENS = 64
 
 
 def _few(X_BSNW: Tensor, *others: Tensor) -> bool:
