@@ -92,6 +92,13 @@ def test_experts_are_the_definition_and_a_token_is_the_same_alone(tokens, expert
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("wrong", [-1, 4, 1 << 40])
+def test_an_expert_that_does_not_exist_is_an_error_and_no_crash(wrong):
+    matrices = [random(4, *shape) for shape in ((8, 16), (8, 16), (16, 8))]
+    with pytest.raises(IndexError, match=f"none of the 4: .*{wrong}"):
+        native(ops.routed_experts, random(1, 16), torch.tensor([[0, wrong]]), torch.ones(1, 2), *matrices, 2.0)
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0])
 @pytest.mark.parametrize("shape", [shape for shape in test_streams.SHAPES if shape[0] * shape[1] <= 16])
 def test_stream_coefficients_are_the_definition(shape, size):

@@ -22,12 +22,14 @@ def _supports(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matr
 def routed_experts_native(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Tensor, up_EFW: Tensor, down_EWF: Tensor, limit: float,
                           rounding: Rounding = EXACT) -> Tensor:
     """`routed_experts` for plain matrices; sums and activations in float32 whatever the dtypes."""
-    (N, K), (_, F, W) = expert_NK.shape, gate_EFW.shape
+    (N, K), (E, F, W) = expert_NK.shape, gate_EFW.shape
     x_NW, weight_NK, expert_NK = ready(x_NW), ready(weight_NK), expert_NK.contiguous()
     order_P = torch.empty(N * K, dtype=torch.int64)
     own_PW, hidden_PF, part_PW, out_NW = torch.empty(N * K, W), torch.empty(N * K, F), torch.empty(N * K, W), torch.empty(N, W)
-    library().fathom_experts(
+    unknown = library().fathom_experts(
         x_NW.data_ptr(), expert_NK.data_ptr(), weight_NK.data_ptr(), gate_EFW.data_ptr(), up_EFW.data_ptr(), down_EWF.data_ptr(),
-        gate_EFW.dtype is torch.bfloat16, N, K, F, W, limit, order_P.data_ptr(), own_PW.data_ptr(), hidden_PF.data_ptr(), part_PW.data_ptr(),
+        gate_EFW.dtype is torch.bfloat16, N, K, E, F, W, limit, order_P.data_ptr(), own_PW.data_ptr(), hidden_PF.data_ptr(), part_PW.data_ptr(),
         out_NW.data_ptr(), threads(F * W))
+    if unknown:
+        raise IndexError(f"an expert is none of the {E}: {sorted(set(expert_NK.flatten().tolist()))}")
     return out_NW

@@ -147,12 +147,14 @@ void fathom_rotate(const float *x, const float *turn, long N, long A, long D, lo
 }
 
 /* Each token's weighted experts [N, W], of x [N, W], expert and weight [N, K]. The P = N K pairs are sorted by expert, `order`, so that its
-   matrices are read once; own [P, W], hidden [P, F] and part [P, W] are for use in between. */
-void fathom_experts(const float *x, const int64_t *expert, const float *weight, const void *gate, const void *up, const void *down,
-                    int bf16, long N, long K, long F, long W, float limit, int64_t *order, float *own, float *hidden, float *part,
-                    float *out, int threads) {
+   matrices are read once; own [P, W], hidden [P, F] and part [P, W] are for use in between. Returns 1, having done nothing, where an
+   expert is none of the E. */
+int fathom_experts(const float *x, const int64_t *expert, const float *weight, const void *gate, const void *up, const void *down,
+                   int bf16, long N, long K, long E, long F, long W, float limit, int64_t *order, float *own, float *hidden, float *part,
+                   float *out, int threads) {
     long P = N * K;
     for (long p = 0; p < P; p++) {
+        if (expert[p] < 0 || expert[p] >= E) return 1;
         long place = p;
         for (; place > 0 && expert[order[place - 1]] > expert[p]; place--) order[place] = order[place - 1];
         order[place] = p;
@@ -198,6 +200,7 @@ void fathom_experts(const float *x, const int64_t *expert, const float *weight, 
             for (long k = 0; k < K; k++) add_float(out + n * W, 1, part + (n * K + k) * W, W);
         }
     }
+    return 0;
 }
 
 static inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }

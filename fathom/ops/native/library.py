@@ -28,7 +28,7 @@ _ARGUMENTS = {
     "linear": [_P, _I, _L, _L, _P, _L, _L, _P, _I],
     "rms_normalise": [_P, _P, _L, _L, _F, _P],
     "rotate": [_P, _P, *[_L] * 4, _I, _P],
-    "experts": [*[_P] * 6, _I, *[_L] * 4, _F, *[_P] * 5, _I],
+    "experts": [*[_P] * 6, _I, *[_L] * 5, _F, *[_P] * 5, _I],
     "stream_coefficients": [*[_P] * 4, *[_L] * 4, _F, _F, *[_P] * 4, _I],
     "streams_in": [_P, _P, _L, _L, _L, _P],
     "streams_out": [*[_P] * 4, _L, _L, _L, _P],
@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for kernel_name, arguments in _ARGUMENTS.items():
         kernel = getattr(found, f"fathom_{kernel_name}")
-        kernel.argtypes, kernel.restype = arguments, None
+        kernel.argtypes, kernel.restype = arguments, _I if kernel_name == "experts" else None
     return found
 
 
