@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 from rich.console import Console
@@ -55,7 +55,7 @@ class Pipeline:
 
     `documents` worked tasks of each environment (one number, or one for each), as plain text, and `repeats` short texts that repeat themselves
     (a small model learns from them to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out
-    tasks of each environment and mode. `judge` adds a model that learns to judge, and from its own verdicts.
+    tasks of each environment and mode. `teacher_weights` are those of the teachers' divergences in distillation. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
     run: str
@@ -63,6 +63,7 @@ class Pipeline:
     environments: tuple[str, ...] = ("math", "code", "agent", "instructions")
     levels: tuple[int, ...] = (1,)
     documents: tuple[int, ...] = (3000,)
+    teacher_weights: tuple[float, ...] = (1.0,)
     repeats: int = 0
     text: tuple[str, ...] = ()
     vocabulary: int = 2048
@@ -77,8 +78,9 @@ class Pipeline:
     def __post_init__(self):
         if not self.sizes or not self.environments or not any(size.full for size in self.sizes):
             raise RecipeError("a pipeline needs environments, and sizes, one of them full")
-        if len(self.documents) not in (1, len(self.environments)):
-            raise RecipeError(f"documents has {len(self.documents)} numbers; give one, or one for each of {len(self.environments)} environments")
+        for name in ("documents", "teacher_weights"):
+            if len(getattr(self, name)) not in (1, len(self.environments)):
+                raise RecipeError(f"{name} has {len(getattr(self, name))} numbers; give one, or one for each of {len(self.environments)} environments")
         if min(*self.documents, self.workers, self.tasks, self.score_tokens) < 1:
             raise RecipeError("documents, workers, tasks and score_tokens must be at least 1")
         if self.repeats < 0:
@@ -147,7 +149,8 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
         student = add(f"{s}/student", "sft", toml(f"student-{s}", "student"), [base], base=str(run / base),
                       demonstrations__environments=list(recipe.environments))
         taught_by = {name: specialists.get(name, f"{recipe.teachers_size}/grpo-{name}") for name in recipe.environments}
-        teachers = [{"run": str(run / stage), "environments": [name]} for name, stage in taught_by.items()]
+        weights = dict(zip(recipe.environments, cycle(recipe.teacher_weights), strict=False))
+        teachers = [{"run": str(run / stage), "environments": [name], "weight": weights[name]} for name, stage in taught_by.items()]
         after = [student, *taught_by.values()]
         add(f"{s}/distilled", "distill", toml(f"distill-{s}", "distill"), after, base=str(run / student), teachers=teachers)
         if size.full:

@@ -98,6 +98,26 @@ static inline const void *nth(const void *matrices, int bf16, long index, long n
     return (const char *)matrices + index * numbers * (bf16 ? 2 : 4);
 }
 
+/* `length` numbers as floats: where they lie, or widened into `space`. */
+static inline const float *widened(const void *numbers, int bf16, long length, float *space) {
+    if (!bf16) return numbers;
+    for (long i = 0; i < length; i++) space[i] = one_bf16((const uint16_t *)numbers + i);
+    return space;
+}
+
+/* Floats to `out` from its `index`-th number on, to the nearest bfloat16 or as they are. */
+static inline void put(const float *numbers, long length, void *out, int bf16, long index) {
+    if (!bf16) {
+        memcpy((float *)out + index, numbers, length * sizeof(float));
+        return;
+    }
+    for (long i = 0; i < length; i++) {
+        uint32_t bits;
+        memcpy(&bits, numbers + i, 4);
+        ((uint16_t *)out)[index + i] = numbers[i] == numbers[i] ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+    }
+}
+
 /* 16 rows of a matrix [., I], from `row` on and at most to `end`, times N x that lie `step` apart -> out [N, 16]. */
 static inline void times(const void *matrix, int bf16, long row, long end, long I, const float *x, long step, long N, float *out) {
     for (long r = 0; r < LANES && row + r < end; r++) {
@@ -125,24 +145,33 @@ void fathom_linear(const void *matrix, int bf16, long O, long I, const float *x,
 }
 
 /* x [N, D] over the root mean square of each row, times a weight [D] that may be null. */
-void fathom_rms_normalise(const float *x, const float *weight, long N, long D, float eps, float *out) {
+void fathom_rms_normalise(const void *x, int bf16, const float *weight, long N, long D, float eps, void *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long n = 0; n < N; n++) {
-        float inverse = 1 / sqrtf(dot_float(x + n * D, x + n * D, D) / D + eps);
-        for (long d = 0; d < D; d++) out[n * D + d] = x[n * D + d] * inverse * (weight ? weight[d] : 1);
+        float made[D];
+        const float *row = widened(nth(x, bf16, n, D), bf16, D, made);
+        float inverse = 1 / sqrtf(dot_float(row, row, D) / D + eps);
+        if (weight)
+            for (long d = 0; d < D; d++) made[d] = row[d] * inverse * weight[d];
+        else
+            for (long d = 0; d < D; d++) made[d] = row[d] * inverse;
+        put(made, D, out, bf16, n * D);
     }
 }
 
 /* The last 2 C channels of x [N, A, D] as complex numbers times turn [N, C], or its conjugates where `inverse`. */
-void fathom_rotate(const float *x, const float *turn, long N, long A, long D, long C, int inverse, float *out) {
-    memcpy(out, x, N * A * D * sizeof(float));
+void fathom_rotate(const void *x, int bf16, const float *turn, long N, long A, long D, long C, int inverse, void *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long row = 0; row < N * A; row++) {
-        const float *from = x + row * D + D - 2 * C, *by = turn + row / A * 2 * C;
-        float *to = out + row * D + D - 2 * C;
+        float made[2 * C], space[2 * C];
+        const float *from = widened(nth(x, bf16, row * D + D - 2 * C, 1), bf16, 2 * C, space), *by = turn + row / A * 2 * C;
         for (long c = 0; c < 2 * C; c += 2) {
             float imaginary = inverse ? -by[c + 1] : by[c + 1];
-            to[c] = from[c] * by[c] - from[c + 1] * imaginary;
-            to[c + 1] = from[c] * imaginary + from[c + 1] * by[c];
+            made[c] = from[c] * by[c] - from[c + 1] * imaginary;
+            made[c + 1] = from[c] * imaginary + from[c + 1] * by[c];
         }
+        memcpy((char *)out + row * D * (bf16 ? 2 : 4), nth(x, bf16, row, D), (D - 2 * C) * (bf16 ? 2 : 4));
+        put(made, 2 * C, out, bf16, row * D + D - 2 * C);
     }
 }
 
@@ -241,22 +270,34 @@ void fathom_stream_coefficients(const float *x, const float *fn, const float *ba
     }
 }
 
+/* sum += factor times `length` numbers from the `index`-th on. */
+static inline void add(float *sum, float factor, const void *numbers, int bf16, long index, long length) {
+    if (bf16) add_bf16(sum, factor, (const uint16_t *)numbers + index, length);
+    else add_float(sum, factor, (const float *)numbers + index, length);
+}
+
 /* sum_n pre_n x_n [T, W] of x [T, N, W] (eq. 1). */
-void fathom_streams_in(const float *x, const float *pre, long T, long N, long W, float *out) {
+void fathom_streams_in(const void *x, int bf16, const float *pre, long T, long N, long W, void *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long t = 0; t < T; t++) {
-        memset(out + t * W, 0, W * sizeof(float));
-        for (long n = 0; n < N; n++) add_float(out + t * W, pre[t * N + n], x + (t * N + n) * W, W);
+        float sum[W];
+        memset(sum, 0, sizeof sum);
+        for (long n = 0; n < N; n++) add(sum, pre[t * N + n], x, bf16, (t * N + n) * W, W);
+        put(sum, W, out, bf16, t * W);
     }
 }
 
 /* New streams [T, N, W]: post_k y + sum_j res[j, k] x_j (eq. 1). */
-void fathom_streams_out(const float *x, const float *y, const float *post, const float *res, long T, long N, long W, float *out) {
-    memset(out, 0, T * N * W * sizeof(float));
+void fathom_streams_out(const void *x, const void *y, int bf16, const float *post, const float *res, long T, long N, long W, void *out,
+                        int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long t = 0; t < T; t++)
         for (long k = 0; k < N; k++) {
-            float *stream = out + (t * N + k) * W;
-            for (long j = 0; j < N; j++) add_float(stream, res[(t * N + j) * N + k], x + (t * N + j) * W, W);
-            add_float(stream, post[t * N + k], y + t * W, W);
+            float sum[W];
+            memset(sum, 0, sizeof sum);
+            for (long j = 0; j < N; j++) add(sum, res[(t * N + j) * N + k], x, bf16, (t * N + j) * W, W);
+            add(sum, post[t * N + k], y, bf16, t * W, W);
+            put(sum, W, out, bf16, (t * N + k) * W);
         }
 }
 

@@ -26,12 +26,12 @@ _SHARED_WORK = 1 << 16  # numbers that are read: below it, one thread has done b
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "linear": [_P, _I, _L, _L, _P, _L, _L, _P, _I],
-    "rms_normalise": [_P, _P, _L, _L, _F, _P],
-    "rotate": [_P, _P, *[_L] * 4, _I, _P],
+    "rms_normalise": [_P, _I, _P, _L, _L, _F, _P, _I],
+    "rotate": [_P, _I, _P, *[_L] * 4, _I, _P, _I],
     "experts": [*[_P] * 6, _I, *[_L] * 5, _F, *[_P] * 5, _I],
     "stream_coefficients": [*[_P] * 4, *[_L] * 4, _F, _F, *[_P] * 4, _I],
-    "streams_in": [_P, _P, _L, _L, _L, _P],
-    "streams_out": [*[_P] * 4, _L, _L, _L, _P],
+    "streams_in": [_P, _I, _P, _L, _L, _L, _P, _I],
+    "streams_out": [_P, _P, _I, _P, _P, _L, _L, _L, _P, _I],
     "attention": [*[_P] * 3, _I, *[_P] * 7, *[_L] * 8, _P, _I],
     "index_topk": [*[_P] * 3, _I, _P, _P, *[_L] * 6, *[_P] * 3, _I],
 }

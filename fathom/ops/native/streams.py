@@ -1,4 +1,4 @@
-"""Hyper-connections for a few tokens (report 2.2): what is a thousand small operations of torch for one decoded token is a call each."""
+"""Hyper-connections (report 2.2): coefficients of a few tokens, a thousand small operations of torch for one of them, and mixing in one pass."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,15 @@ from torch import Tensor
 from fathom.ops.native.library import library, ready, runs, threads
 from fathom.ops.streams import stream_coefficients, streams_in, streams_out
 
-_TOKENS = 64
+_TOKENS = 64  # whose coefficients are made here: for more, a product for all of them is faster
 
 
-def _few(X_BSNW: Tensor, *others: Tensor) -> bool:
+def _few(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, *others: float) -> bool:
     B, S, N, _ = X_BSNW.shape
-    return 0 < B * S <= _TOKENS and N <= 16 and runs(X_BSNW, *others)
+    return 0 < B * S <= _TOKENS and N <= 16 and runs(X_BSNW, fn, base, scale_3)
 
 
-@stream_coefficients.register("native", supports=lambda X_BSNW, fn, base, scale_3, iterations, eps, norm_eps: _few(X_BSNW, fn, base, scale_3))
+@stream_coefficients.register("native", supports=_few)
 def stream_coefficients_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
                                norm_eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """`stream_coefficients` for few tokens."""
@@ -27,19 +27,22 @@ def stream_coefficients_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3
     return pre_BSN, post_BSN, res_BSNN
 
 
-@streams_in.register("native", supports=_few)
+@streams_in.register("native", supports=lambda X_BSNW, pre_BSN: X_BSNW.numel() > 0 and runs(X_BSNW, pre_BSN))
 def streams_in_native(X_BSNW: Tensor, pre_BSN: Tensor) -> Tensor:
-    """`streams_in` for few tokens."""
+    """`streams_in` without gradients."""
     B, S, N, W = X_BSNW.shape
-    x, pre, out_BSW = ready(X_BSNW), ready(pre_BSN), torch.empty(B, S, W)
-    library().fathom_streams_in(x.data_ptr(), pre.data_ptr(), B * S, N, W, out_BSW.data_ptr())
-    return out_BSW.to(X_BSNW.dtype)
+    x, pre, out_BSW = X_BSNW.contiguous(), ready(pre_BSN), torch.empty(B, S, W, dtype=X_BSNW.dtype)
+    library().fathom_streams_in(x.data_ptr(), x.dtype is torch.bfloat16, pre.data_ptr(), B * S, N, W, out_BSW.data_ptr(), threads(x.numel()))
+    return out_BSW
 
 
-@streams_out.register("native", supports=_few)
+@streams_out.register("native", supports=lambda X_BSNW, y_BSW, post_BSN, res_BSNN: (
+    X_BSNW.numel() > 0 and X_BSNW.dtype is y_BSW.dtype and runs(X_BSNW, y_BSW, post_BSN, res_BSNN)))
 def streams_out_native(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: Tensor) -> Tensor:
-    """`streams_out` for few tokens."""
+    """`streams_out` without gradients."""
     B, S, N, W = X_BSNW.shape
-    x, y, post, res, out_BSNW = ready(X_BSNW), ready(y_BSW), ready(post_BSN), ready(res_BSNN), torch.empty(B, S, N, W)
-    library().fathom_streams_out(x.data_ptr(), y.data_ptr(), post.data_ptr(), res.data_ptr(), B * S, N, W, out_BSNW.data_ptr())
-    return out_BSNW.to(X_BSNW.dtype)
+    x, y, post, res = X_BSNW.contiguous(), y_BSW.contiguous(), ready(post_BSN), ready(res_BSNN)
+    out_BSNW = torch.empty_like(x)
+    library().fathom_streams_out(x.data_ptr(), y.data_ptr(), x.dtype is torch.bfloat16, post.data_ptr(), res.data_ptr(), B * S, N, W,
+                                 out_BSNW.data_ptr(), threads(x.numel()))
+    return out_BSNW
