@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from fathom import ops
 from fathom.ops.native.library import library
+from fathom.quant.formats import E8M0, Packed, dequantise
+from fathom.quant.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
-from tests.ops import test_attention, test_index_topk, test_streams
+from tests.ops import test_attention, test_index_topk, test_linear, test_streams
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -71,6 +73,52 @@ def test_a_product_of_few_rows_is_the_definition_and_a_row_is_the_same_alone(O, 
         together = native(ops.linear, x, matrix)
         assert torch.equal(together, torch.stack([native(ops.linear, row, matrix) for row in x]))
         assert torch.equal(together, native(ops.linear, x.view(2, 4, I), matrix).view(8, O))
+
+
+@pytest.mark.parametrize("kind, scale_dtype", [("fp8", E8M0), ("fp8", torch.float32), ("fp4", E8M0), ("fp4", torch.float32)])
+@pytest.mark.parametrize("O, I", [(130, 34), (160, 96), (300, 512), (33, 4100), (128, 128)])
+def test_packed_products_are_the_definition_and_a_row_is_the_same_alone(O, I, kind, scale_dtype):
+    matrix = test_linear.packed(kind, scale_dtype, (O, I))
+    together = native(ops.linear, random(6, I), matrix)
+    test_linear.assert_is_product(together, random(6, I), dequantise(matrix).double())
+    assert torch.equal(together, torch.stack([native(ops.linear, row, matrix) for row in random(6, I)]))
+    rows = O // 32 * 32
+    part = Packed(matrix.codes[:rows], matrix.scale[:rows if kind == "fp4" else -(-rows // 128)])
+    x = random(3, 1, 2, I)
+    torch.testing.assert_close(native(ops.grouped_linear, x, part), ops.grouped_linear.definition(x, part), rtol=1e-4, atol=1e-5 * float(together.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_every_code_means_what_the_definition_says(kind):
+    """A matrix of all codes under every scale that float32 holds, times one row of the identity after the other."""
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    bytes_ = bytes_[(bytes_ & 127) != 127].repeat(2)[:384] if kind == "fp8" else bytes_.repeat(2)
+    for exponent in (0, 1, 60, 127, 200, 240):
+        if kind == "fp8":
+            matrix = Packed(bytes_.view(torch.float8_e4m3fn)[None, :].repeat(16, 1), torch.full((1, 3), exponent, dtype=torch.uint8).view(E8M0))
+        else:
+            matrix = Packed(bytes_.view(torch.int8)[None, :].repeat(16, 1), torch.full((16, 32), exponent, dtype=torch.uint8).view(E8M0))
+        expected = dequantise(matrix)[0]
+        for column in range(0, len(expected), 7):
+            x = torch.zeros(1, len(expected))
+            x[0, column] = 1
+            assert native(ops.linear, x, matrix)[0, 0] == expected[column]
+
+
+@pytest.mark.parametrize("rounding", [EXACT, ReleasedRounding(16)], ids=["exact", "as released"])
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_packed_experts_are_the_definition(kind, rounding):
+    E, F, W, N, K = 5, 96, 160, 7, 3
+    matrices = [test_linear.packed(kind, E8M0, (E, *shape), seed, low=118, high=122) for seed, shape in enumerate([(F, W), (F, W), (W, F)])]
+    generator = torch.Generator().manual_seed(0)
+    expert = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(N)])
+    arguments = random(N, W), expert, torch.rand(N, K, generator=generator), *matrices, 10.0, rounding
+    found, expected = native(ops.routed_experts, *arguments), ops.routed_experts.definition(*arguments)
+    size = float(expected.abs().max())
+    close = (found - expected).abs() <= 1e-5 * size
+    assert close.float().mean() > (0.99 if rounding is EXACT else 0.9) and (found - expected).abs().max() <= 0.05 * size  # a last bit may round to the next FP8 number
+    alone = torch.cat([native(ops.routed_experts, arguments[0][n:n + 1], expert[n:n + 1], arguments[2][n:n + 1], *arguments[3:]) for n in range(N)])
+    assert torch.equal(found, alone)
 
 
 @pytest.mark.parametrize("G, R, I, rows", [(2, 16, 200, 1), (3, 32, 100, 4), (1, 48, 128, 2)])
@@ -228,6 +276,8 @@ PROGRAM = """
 import torch
 from fathom import ops
 from fathom.ops.native.library import library
+from fathom.quant.formats import E8M0, Packed, dequantise
+from fathom.quant.rounding import EXACT, ReleasedRounding
 with torch.no_grad():
     print(library() is not None, ops.linear(torch.ones(1, 64), torch.ones(64, 64)).sum().item())
 """

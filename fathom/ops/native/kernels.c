@@ -2,7 +2,7 @@
 
    A row of a matrix is read from front to back by one thread, which memory answers fastest (docs/performance.md). A sum's order depends on
    its length alone: neither the threads nor the other tokens of a call show in a bit of the result. Everything is contiguous, sums are
-   in float32; `bf16` says that a matrix or keys hold bfloat16 numbers. The Python files beside this one say what is computed. */
+   in float32; `bf16` says that numbers are bfloat16. The Python files beside this one say what is computed. */
 
 #include <math.h>
 #include <stdint.h>
@@ -13,6 +13,7 @@ typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float half_lanes __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t shorts __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
 enum { LANES = 16 };
 
 static inline lanes load(const float *numbers) { return *(const lanes *)numbers; }
@@ -118,10 +119,87 @@ static inline void put(const float *numbers, long length, void *out, int bf16, l
     }
 }
 
-/* 16 rows of a matrix [., I], from `row` on and at most to `end`, times N x that lie `step` apart -> out [N, 16]. */
-static inline void times(const void *matrix, int bf16, long row, long end, long I, const float *x, long step, long N, float *out) {
+/* A matrix [O, I], or several: its numbers and, where they are codes, their scales (fathom/quant/formats.py): for FP8 one for 128 x 128
+   numbers, for FP4 one for 32 of a row. `kind` is a format and, with 4, says that scales are e8m0 rather than floats. */
+typedef struct {
+    const char *numbers, *scale;
+    int kind;
+} matrix;
+enum { FLOAT, BF16, FP8, FP4, TILE = 128, BLOCK = 32 };
+
+static inline int format_of(matrix m) { return m.kind & 3; }
+
+static inline float scale_at(matrix m, long index) {
+    if (!(m.kind & 4)) return ((const float *)m.scale)[index];
+    uint8_t exponent = ((const uint8_t *)m.scale)[index];
+    uint32_t bits = exponent ? (uint32_t)exponent << 23 : 0x400000; /* 2^-127 */
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return scale;
+}
+
+static inline long row_bytes(matrix m, long I) { return format_of(m) == FLOAT ? 4 * I : format_of(m) == BF16 ? 2 * I : format_of(m) == FP8 ? I : I / 2; }
+
+static inline long blocks_of(long numbers, long size) { return (numbers + size - 1) / size; }
+
+/* The `index`-th of several matrices [O, I]. */
+static inline matrix nth_matrix(matrix m, long index, long O, long I) {
+    long scales = format_of(m) == FP8 ? blocks_of(O, TILE) * blocks_of(I, TILE) : format_of(m) == FP4 ? O * blocks_of(I, BLOCK) : 0;
+    matrix found = {m.numbers + index * O * row_bytes(m, I), m.scale + index * scales * (m.kind & 4 ? 1 : 4), m.kind};
+    return found;
+}
+
+/* Sixteen e4m3 numbers: exponent and fraction moved to a float's places; those below 2^-6 have no leading 1. */
+static inline lanes load_fp8(const uint8_t *codes) {
+    words code = __builtin_convertvector(*(const bytes *)codes, words), size = code & 127, small = (words)(size < 8);
+    lanes plain = (lanes)((size << 20) + (120u << 23)), without_one = 2 * plain - 0x1p-6f;
+    return (lanes)(((words)without_one & small) | ((words)plain & ~small) | (code & 128) << 24);
+}
+
+/* Sixteen e2m1 numbers of codes 0 ... 15: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. */
+static inline lanes load_fp4(words code) {
+    words size = code & 7, one = (words)(size > 1) & 1, doubled = (one << 1 | (size & 1)) << ((size >> 1) - one);
+    return (lanes)((words)(__builtin_convertvector(doubled, lanes) * 0.5f) | (code & 8) << 28);
+}
+
+/* Numbers of a row in the order that `row_of` gives those of FP4: of each whole block first the even ones, then the odd ones. */
+static void arrange(const float *x, long I, float *out) {
+    for (long i = 0; i < I; i++) {
+        long within = i % BLOCK, begin = i - within;
+        out[begin + BLOCK <= I ? begin + within / 2 + within % 2 * LANES : i] = x[i];
+    }
+}
+
+/* Row r of a matrix of codes as floats in `space`. */
+static void decoded(matrix m, long r, long I, float *space) {
+    const uint8_t *codes = (const uint8_t *)m.numbers + r * row_bytes(m, I);
+    long size = format_of(m) == FP8 ? TILE : BLOCK, first = (format_of(m) == FP8 ? r / TILE : r) * blocks_of(I, size);
+    for (long begin = 0; begin < I; begin += size) {
+        float scale = scale_at(m, first + begin / size);
+        long i = begin, end = begin + size < I ? begin + size : I;
+        if (format_of(m) == FP8) {
+            for (; i + LANES <= end; i += LANES) *(lanes *)(space + i) = scale * load_fp8(codes + i);
+            for (; i < end; i++) {
+                uint8_t sixteen[LANES] = {codes[i]};
+                space[i] = scale * load_fp8(sixteen)[0];
+            }
+        } else if (end == begin + size) {
+            words pairs = __builtin_convertvector(*(const bytes *)(codes + i / 2), words);
+            *(lanes *)(space + i) = scale * load_fp4(pairs & 15);
+            *(lanes *)(space + i + LANES) = scale * load_fp4(pairs >> 4);
+        } else {
+            for (; i < end; i++) space[i] = scale * load_fp4((words){codes[i / 2] >> (i % 2 * 4) & 15})[0];
+        }
+    }
+}
+
+/* 16 rows of a matrix, from `row` on and at most to `end`, times N x (of FP4: arranged) that lie `step` apart -> out [N, 16]. */
+static inline void times(matrix m, long row, long end, long I, const float *x, long step, long N, float *out) {
+    int coded = format_of(m) >= FP8, bf16 = format_of(m) == BF16;
+    float space[coded ? I : 1];
     for (long r = 0; r < LANES && row + r < end; r++) {
-        const void *numbers = nth(matrix, bf16, row + r, I);
+        const void *numbers = m.numbers + (row + r) * row_bytes(m, I);
+        if (coded) decoded(m, row + r, I, space), numbers = space;
         float four[4];
         long n = 0;
         for (; n + 4 <= N; n += 4) {
@@ -133,13 +211,20 @@ static inline void times(const void *matrix, int bf16, long row, long end, long 
     }
 }
 
-/* x [N, G, I] times the transposed matrix [O, I] -> out [N, O]; each G-th part of the rows has its own x, and 16 divide it if G > 1. */
-void fathom_linear(const void *matrix, int bf16, long O, long I, const float *x, long N, long G, float *out, int threads) {
+/* x [N, G, I] times the transposed matrix [O, I] -> out [N, O]; each G-th part of the rows has its own x, and 16 divide it if G > 1.
+   `space` [N, G, I] is for use in between where the matrix is in FP4. */
+void fathom_linear(const void *numbers, const void *scale, int kind, long O, long I, const float *x, long N, long G, float *space, float *out,
+                   int threads) {
+    matrix m = {numbers, scale, kind};
+    if (format_of(m) == FP4) {
+        for (long row = 0; row < N * G; row++) arrange(x + row * I, I, space + row * I);
+        x = space;
+    }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long o = 0; o < O; o += LANES) {
         float made[N * LANES];
         long rows = O - o < LANES ? O - o : LANES;
-        times(matrix, bf16, o, O, I, x + o / (O / G) * I, G * I, N, made);
+        times(m, o, O, I, x + o / (O / G) * I, G * I, N, made);
         for (long n = 0; n < N; n++) memcpy(out + n * O + o, made + n * LANES, rows * sizeof(float));
     }
 }
@@ -175,49 +260,65 @@ void fathom_rotate(const void *x, int bf16, const float *turn, long N, long A, l
     }
 }
 
-/* Each token's weighted experts [N, W], of x [N, W], expert and weight [N, K]. The P = N K pairs are sorted by expert, `order`, so that its
-   matrices are read once; own [P, W], hidden [P, F] and part [P, W] are for use in between. Returns 1, having done nothing, where an
-   expert is none of the E. */
-int fathom_experts(const float *x, const int64_t *expert, const float *weight, const void *gate, const void *up, const void *down,
-                   int bf16, long N, long K, long E, long F, long W, float limit, int64_t *order, float *own, float *hidden, float *part,
-                   float *out, int threads) {
+/* Pairs of token and expert, P = N K, sorted by expert into `order`, so that an expert's matrices are read once: each pair's activation
+   hidden [P, F] of x [N, W], in that order; own [P, W] is for use in between. Returns 1, having done nothing, where an expert is none of the E. */
+int fathom_experts_in(const float *x, const int64_t *expert, const float *weight, const void *gate, const void *gate_scale, const void *up,
+                      const void *up_scale, int kind, long N, long K, long E, long F, long W, float limit, int64_t *order, float *own,
+                      float *hidden, int threads) {
     long P = N * K;
+    matrix gates = {gate, gate_scale, kind}, ups = {up, up_scale, kind};
     for (long p = 0; p < P; p++) {
         if (expert[p] < 0 || expert[p] >= E) return 1;
         long place = p;
         for (; place > 0 && expert[order[place - 1]] > expert[p]; place--) order[place] = order[place - 1];
         order[place] = p;
     }
-    for (long p = 0; p < P; p++) memcpy(own + p * W, x + order[p] / K * W, W * sizeof(float));
+    for (long p = 0; p < P; p++) {
+        const float *token = x + order[p] / K * W;
+        if (format_of(gates) == FP4) arrange(token, W, own + p * W);
+        else memcpy(own + p * W, token, W * sizeof(float));
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (long p = 0, end; p < P; p = end) {
+        long e = expert[order[p]];
+        for (end = p + 1; end < P && expert[order[end]] == e;) end++;
+        matrix its_gate = nth_matrix(gates, e, F, W), its_up = nth_matrix(ups, e, F, W);
+#pragma omp for schedule(static) nowait
+        for (long f = 0; f < F; f += LANES) {
+            float made[2][(end - p) * LANES];
+            times(its_gate, f, F, W, own + p * W, W, end - p, made[0]);
+            times(its_up, f, F, W, own + p * W, W, end - p, made[1]);
+            for (long i = p; i < end; i++)
+                for (long r = 0; r < LANES && f + r < F; r++) {
+                    float g = made[0][(i - p) * LANES + r], u = made[1][(i - p) * LANES + r];
+                    g = g > limit ? limit : g;
+                    u = u > limit ? limit : u < -limit ? -limit : u;
+                    hidden[i * F + f + r] = g / (1 + expf(-g)) * u * weight[order[i]];
+                }
+        }
+    }
+    return 0;
+}
+
+/* Each token's sum [N, W] over its experts, of hidden [P, F] and `order` from above; own [P, F] and part [P, W] are for use in between. */
+void fathom_experts_out(const float *hidden, const int64_t *expert, const int64_t *order, const void *down, const void *down_scale, int kind,
+                        long N, long K, long F, long W, float *own, float *part, float *out, int threads) {
+    long P = N * K;
+    matrix downs = {down, down_scale, kind};
+    if (format_of(downs) == FP4) {
+        for (long p = 0; p < P; p++) arrange(hidden + p * F, F, own + p * F);
+        hidden = own;
+    }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         for (long p = 0, end; p < P; p = end) {
             long e = expert[order[p]];
             for (end = p + 1; end < P && expert[order[end]] == e;) end++;
-            const void *gates = nth(gate, bf16, e, F * W), *ups = nth(up, bf16, e, F * W);
-#pragma omp for schedule(static) nowait
-            for (long f = 0; f < F; f += LANES) {
-                float made[2][(end - p) * LANES];
-                times(gates, bf16, f, F, W, own + p * W, W, end - p, made[0]);
-                times(ups, bf16, f, F, W, own + p * W, W, end - p, made[1]);
-                for (long i = p; i < end; i++)
-                    for (long r = 0; r < LANES && f + r < F; r++) {
-                        float g = made[0][(i - p) * LANES + r], u = made[1][(i - p) * LANES + r];
-                        g = g > limit ? limit : g;
-                        u = u > limit ? limit : u < -limit ? -limit : u;
-                        hidden[i * F + f + r] = g / (1 + expf(-g)) * u * weight[order[i]];
-                    }
-            }
-        }
-#pragma omp barrier
-        for (long p = 0, end; p < P; p = end) {
-            long e = expert[order[p]];
-            for (end = p + 1; end < P && expert[order[end]] == e;) end++;
-            const void *downs = nth(down, bf16, e, W * F);
+            matrix its_down = nth_matrix(downs, e, W, F);
 #pragma omp for schedule(static) nowait
             for (long w = 0; w < W; w += LANES) {
                 float made[(end - p) * LANES];
-                times(downs, bf16, w, W, F, hidden + p * F, F, end - p, made);
+                times(its_down, w, W, F, hidden + p * F, F, end - p, made);
                 for (long i = p; i < end; i++)
                     for (long r = 0; r < LANES && w + r < W; r++) part[order[i] * W + w + r] = made[(i - p) * LANES + r];
             }
@@ -229,7 +330,6 @@ int fathom_experts(const float *x, const int64_t *expert, const float *weight, c
             for (long k = 0; k < K; k++) add_float(out + n * W, 1, part + (n * K + k) * W, W);
         }
     }
-    return 0;
 }
 
 static inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
@@ -257,7 +357,7 @@ static void balance(float *matrix, long N, long iterations, float eps) {
 void fathom_stream_coefficients(const float *x, const float *fn, const float *base, const float *scale, long T, long N, long W,
                                 long iterations, float eps, float norm_eps, float *mix, float *pre, float *post, float *res, int threads) {
     long R = (2 + N) * N, I = N * W;
-    fathom_linear(fn, 0, R, I, x, T, 1, mix, threads);
+    fathom_linear(fn, 0, FLOAT, R, I, x, T, 1, 0, mix, threads);
     for (long t = 0; t < T; t++) {
         float inverse_rms = 1 / sqrtf(dot_float(x + t * I, x + t * I, I) / I + norm_eps);
         const float *m = mix + t * R;

@@ -19,16 +19,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fathom.ops.linear import Matrix
+from fathom.quant.formats import E4M3, E8M0, Packed
+
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ["-O3", "-march=native", "-fPIC"]
 _PLAIN, _DTYPES = (Tensor, nn.Parameter), (torch.float32, torch.bfloat16)
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
+_CODES = {(E4M3, torch.float32): 2, (torch.int8, torch.float32): 3, (E4M3, E8M0): 6, (torch.int8, E8M0): 7}
 _SHARED_WORK = 1 << 16  # numbers that are read: below it, one thread has done before a second one has begun
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
-    "linear": [_P, _I, _L, _L, _P, _L, _L, _P, _I],
+    "linear": [_P, _P, _I, _L, _L, _P, _L, _L, _P, _P, _I],
     "rms_normalise": [_P, _I, _P, _L, _L, _F, _P, _I],
     "rotate": [_P, _I, _P, *[_L] * 4, _I, _P, _I],
-    "experts": [*[_P] * 6, _I, *[_L] * 5, _F, *[_P] * 5, _I],
+    "experts_in": [*[_P] * 7, _I, *[_L] * 5, _F, *[_P] * 3, _I],
+    "experts_out": [*[_P] * 5, _I, *[_L] * 4, *[_P] * 3, _I],
     "stream_coefficients": [*[_P] * 4, *[_L] * 4, _F, _F, *[_P] * 4, _I],
     "streams_in": [_P, _I, _P, _L, _L, _L, _P, _I],
     "streams_out": [_P, _P, _I, _P, _P, _L, _L, _L, _P, _I],
@@ -55,7 +61,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for kernel_name, arguments in _ARGUMENTS.items():
         kernel = getattr(found, f"fathom_{kernel_name}")
-        kernel.argtypes, kernel.restype = arguments, _I if kernel_name == "experts" else None
+        kernel.argtypes, kernel.restype = arguments, _I if kernel_name == "experts_in" else None
     return found
 
 
@@ -100,6 +106,26 @@ def runs(*tensors: Tensor) -> bool:
     """Whether kernels take these tensors [...]: plain ones of float32 or bfloat16 on the CPU while no gradients are recorded."""
     return (not torch.is_grad_enabled() and all(type(x) in _PLAIN and x.is_cpu and x.dtype in _DTYPES for x in tensors)
             and library() is not None)
+
+
+def reads(*matrices: Matrix) -> bool:
+    """Whether kernels read these matrices [..., O, I], all in one format."""
+    parts = [part for matrix in matrices for part in ((matrix.codes, matrix.scale) if isinstance(matrix, Packed) else (matrix,))]
+    kind = kind_of(matrices[0])
+    return (kind is not None and all(type(part) in _PLAIN and part.is_cpu and part.is_contiguous() for part in parts)
+            and all(kind_of(matrix) == kind for matrix in matrices))
+
+
+def kind_of(matrix: Matrix) -> int | None:
+    """The number by which kernels know a matrix's format and that of its scales; None for what they cannot read."""
+    if isinstance(matrix, Packed):
+        return _CODES.get((matrix.codes.dtype, matrix.scale.dtype))
+    return _NUMBERS.get(matrix.dtype)
+
+
+def places(matrix: Matrix) -> tuple[int, int | None]:
+    """Where a matrix's numbers lie, and its scales."""
+    return (matrix.codes.data_ptr(), matrix.scale.data_ptr()) if isinstance(matrix, Packed) else (matrix.data_ptr(), None)
 
 
 def ready(x: Tensor) -> Tensor:
