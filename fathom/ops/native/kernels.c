@@ -13,6 +13,7 @@ typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float half_lanes __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t shorts __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t loose_words __attribute__((vector_size(64), aligned(1), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
 enum { LANES = 16 };
 
@@ -149,57 +150,83 @@ static inline matrix nth_matrix(matrix m, long index, long O, long I) {
     return found;
 }
 
+/* In two steps, each of which is few instructions; GCC 12 takes one step of four times the width number by number. */
+static inline words load_bytes(const uint8_t *codes) {
+    return __builtin_convertvector(__builtin_convertvector(*(const bytes *)codes, shorts), words);
+}
+
 /* Sixteen e4m3 numbers: exponent and fraction moved to a float's places; those below 2^-6 have no leading 1. */
-static inline lanes load_fp8(const uint8_t *codes) {
-    words code = __builtin_convertvector(*(const bytes *)codes, words), size = code & 127, small = (words)(size < 8);
+static inline lanes as_fp8(words code) {
+    words size = code & 127, small = (words)(size < 8);
     lanes plain = (lanes)((size << 20) + (120u << 23)), without_one = 2 * plain - 0x1p-6f;
     return (lanes)(((words)without_one & small) | ((words)plain & ~small) | (code & 128) << 24);
 }
 
-/* Sixteen e2m1 numbers of codes 0 ... 15: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. */
-static inline lanes load_fp4(words code) {
+/* Sixteen e2m1 numbers of codes 0 ... 15. */
+static inline lanes as_fp4(words code) {
+#if defined(__AVX512F__) && !defined(__clang__)
+    static const lanes numbers = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
+    return __builtin_shuffle(numbers, code);
+#else
     words size = code & 7, one = (words)(size > 1) & 1, doubled = (one << 1 | (size & 1)) << ((size >> 1) - one);
     return (lanes)((words)(__builtin_convertvector(doubled, lanes) * 0.5f) | (code & 8) << 28);
+#endif
 }
 
-/* Numbers of a row in the order that `row_of` gives those of FP4: of each whole block first the even ones, then the odd ones. */
-static void arrange(const float *x, long I, float *out) {
-    for (long i = 0; i < I; i++) {
-        long within = i % BLOCK, begin = i - within;
-        out[begin + BLOCK <= I ? begin + within / 2 + within % 2 * LANES : i] = x[i];
+/* Codes are decoded a chunk at a time, of which the first to have enough numbers left is taken. The numbers of a chunk of 16 P then follow
+   each other as the bytes of words do: the 0th, P-th, 2 P-th, ..., then the first, and so on. */
+static const long CHUNKS[2][2] = {{64, 0}, {128, 32}}; /* FP8, FP4 */
+
+/* x [I] in the order in which a row of codes is decoded. */
+static void arrange(const float *x, int format, long I, float *out) {
+    long begin = 0;
+    for (int c = 0; c < 2; c++) {
+        long chunk = CHUNKS[format - FP8][c], share = chunk / LANES;
+        for (; chunk && begin + chunk <= I; begin += chunk)
+            for (long i = 0; i < chunk; i++) out[begin + i % share * LANES + i / share] = x[begin + i];
     }
+    memcpy(out + begin, x + begin, (I - begin) * sizeof(float));
 }
 
-/* Row r of a matrix of codes as floats in `space`. */
-static void decoded(matrix m, long r, long I, float *space) {
-    const uint8_t *codes = (const uint8_t *)m.numbers + r * row_bytes(m, I);
-    long size = format_of(m) == FP8 ? TILE : BLOCK, first = (format_of(m) == FP8 ? r / TILE : r) * blocks_of(I, size);
-    for (long begin = 0; begin < I; begin += size) {
-        float scale = scale_at(m, first + begin / size);
-        long i = begin, end = begin + size < I ? begin + size : I;
-        if (format_of(m) == FP8) {
-            for (; i + LANES <= end; i += LANES) *(lanes *)(space + i) = scale * load_fp8(codes + i);
-            for (; i < end; i++) {
-                uint8_t sixteen[LANES] = {codes[i]};
-                space[i] = scale * load_fp8(sixteen)[0];
-            }
-        } else if (end == begin + size) {
-            words pairs = __builtin_convertvector(*(const bytes *)(codes + i / 2), words);
-            *(lanes *)(space + i) = scale * load_fp4(pairs & 15);
-            *(lanes *)(space + i + LANES) = scale * load_fp4(pairs >> 4);
-        } else {
-            for (; i < end; i++) space[i] = scale * load_fp4((words){codes[i / 2] >> (i % 2 * 4) & 15})[0];
-        }
+static inline void decode_fp8(matrix m, long r, long I, float *out) {
+    const uint8_t *codes = (const uint8_t *)m.numbers + r * I;
+    long first = r / TILE * blocks_of(I, TILE), i = 0;
+    for (; i + 64 <= I; i += 64) {
+        words four = *(const loose_words *)(codes + i);
+        float scale = scale_at(m, first + i / TILE);
+        for (int k = 0; k < 4; k++) *(lanes *)(out + i + k * LANES) = scale * as_fp8(four >> (8 * k) & 255);
     }
+    for (; i + LANES <= I; i += LANES) *(lanes *)(out + i) = scale_at(m, first + i / TILE) * as_fp8(load_bytes(codes + i));
+    for (; i < I; i++) out[i] = scale_at(m, first + i / TILE) * as_fp8((words){codes[i]})[0];
 }
 
-/* 16 rows of a matrix, from `row` on and at most to `end`, times N x (of FP4: arranged) that lie `step` apart -> out [N, 16]. */
+static inline void decode_fp4(matrix m, long r, long I, float *out) {
+    const uint8_t *codes = (const uint8_t *)m.numbers + r * (I / 2);
+    long first = r * blocks_of(I, BLOCK), i = 0;
+    for (; i + 128 <= I; i += 128) {
+        words eight = *(const loose_words *)(codes + i / 2);
+        float a = scale_at(m, first + i / BLOCK), b = scale_at(m, first + i / BLOCK + 1);
+        float c = scale_at(m, first + i / BLOCK + 2), d = scale_at(m, first + i / BLOCK + 3);
+        lanes scales = {a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d};
+        for (int k = 0; k < 8; k++) *(lanes *)(out + i + k * LANES) = scales * as_fp4(eight >> (4 * k) & 15);
+    }
+    for (; i + BLOCK <= I; i += BLOCK) {
+        words pairs = load_bytes(codes + i / 2);
+        *(lanes *)(out + i) = scale_at(m, first + i / BLOCK) * as_fp4(pairs & 15);
+        *(lanes *)(out + i + LANES) = scale_at(m, first + i / BLOCK) * as_fp4(pairs >> 4);
+    }
+    for (; i < I; i++) out[i] = scale_at(m, first + i / BLOCK) * as_fp4((words){codes[i / 2] >> (i % 2 * 4) & 15})[0];
+}
+
+/* 16 rows of a matrix, from `row` on and at most to `end`, times N x (of codes: arranged) that lie `step` apart -> out [N, 16]. */
 static inline void times(matrix m, long row, long end, long I, const float *x, long step, long N, float *out) {
     int coded = format_of(m) >= FP8, bf16 = format_of(m) == BF16;
     float space[coded ? I : 1];
     for (long r = 0; r < LANES && row + r < end; r++) {
         const void *numbers = m.numbers + (row + r) * row_bytes(m, I);
-        if (coded) decoded(m, row + r, I, space), numbers = space;
+        if (format_of(m) == FP8) decode_fp8(m, row + r, I, space);
+        if (format_of(m) == FP4) decode_fp4(m, row + r, I, space);
+        if (coded) numbers = space;
         float four[4];
         long n = 0;
         for (; n + 4 <= N; n += 4) {
@@ -212,12 +239,12 @@ static inline void times(matrix m, long row, long end, long I, const float *x, l
 }
 
 /* x [N, G, I] times the transposed matrix [O, I] -> out [N, O]; each G-th part of the rows has its own x, and 16 divide it if G > 1.
-   `space` [N, G, I] is for use in between where the matrix is in FP4. */
+   `space` [N, G, I] is for use in between where the matrix holds codes. */
 void fathom_linear(const void *numbers, const void *scale, int kind, long O, long I, const float *x, long N, long G, float *space, float *out,
                    int threads) {
     matrix m = {numbers, scale, kind};
-    if (format_of(m) == FP4) {
-        for (long row = 0; row < N * G; row++) arrange(x + row * I, I, space + row * I);
+    if (format_of(m) >= FP8) {
+        for (long row = 0; row < N * G; row++) arrange(x + row * I, format_of(m), I, space + row * I);
         x = space;
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -275,7 +302,7 @@ int fathom_experts_in(const float *x, const int64_t *expert, const float *weight
     }
     for (long p = 0; p < P; p++) {
         const float *token = x + order[p] / K * W;
-        if (format_of(gates) == FP4) arrange(token, W, own + p * W);
+        if (format_of(gates) >= FP8) arrange(token, format_of(gates), W, own + p * W);
         else memcpy(own + p * W, token, W * sizeof(float));
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -305,8 +332,8 @@ void fathom_experts_out(const float *hidden, const int64_t *expert, const int64_
                         long N, long K, long F, long W, float *own, float *part, float *out, int threads) {
     long P = N * K;
     matrix downs = {down, down_scale, kind};
-    if (format_of(downs) == FP4) {
-        for (long p = 0; p < P; p++) arrange(hidden + p * F, F, own + p * F);
+    if (format_of(downs) >= FP8) {
+        for (long p = 0; p < P; p++) arrange(hidden + p * F, format_of(downs), F, own + p * F);
         hidden = own;
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
