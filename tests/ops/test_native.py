@@ -135,7 +135,8 @@ def test_experts_are_the_definition_and_a_token_is_the_same_alone(tokens, expert
     expert = torch.stack([torch.randperm(experts, generator=generator)[:chosen] for _ in range(tokens)])
     matrices = [random(experts, *shape, seed=seed, dtype=dtype) for seed, shape in enumerate([(hidden, width), (hidden, width), (width, hidden)])]
     x, weight = random(tokens, width, seed=5, dtype=dtype), torch.rand(tokens, chosen, generator=generator)
-    together = assert_as_defined(ops.routed_experts, x, expert, weight, *matrices, 2.0, rounding=4e-6)  # clamps act on a part of these
+    rounding = 4e-6 if dtype == torch.float32 else 8e-3  # of bfloat16, gate and up are rounded
+    together = assert_as_defined(ops.routed_experts, x, expert, weight, *matrices, 2.0, rounding=rounding)  # clamps act on a part of these
     alone = torch.cat([native(ops.routed_experts, x[n:n + 1], expert[n:n + 1], weight[n:n + 1], *matrices, 2.0) for n in range(tokens)])
     assert torch.equal(together, alone)
 

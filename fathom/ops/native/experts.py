@@ -19,13 +19,13 @@ def _supports(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matr
 @routed_experts.register("native", supports=_supports)
 def routed_experts_native(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matrix, up_EFW: Matrix, down_EWF: Matrix, limit: float,
                           rounding: Rounding = EXACT) -> Tensor:
-    """`routed_experts` for few pairs; sums and activations in float32 whatever the dtypes."""
+    """`routed_experts` for few pairs; sums in float32 whatever the dtypes."""
     (N, K), (E, F, W), kind = expert_NK.shape, gate_EFW.shape, kind_of(gate_EFW)
     x, weight_NK, expert_NK = ready(rounding.inputs(x_NW)), ready(weight_NK), expert_NK.contiguous()
     order_P, own_PW, hidden_PF = torch.empty(N * K, dtype=torch.int64), torch.empty(N * K, W), torch.empty(N * K, F)
     unknown = library().fathom_experts_in(
-        x.data_ptr(), expert_NK.data_ptr(), weight_NK.data_ptr(), *places(gate_EFW), *places(up_EFW), kind, N, K, E, F, W, limit,
-        order_P.data_ptr(), own_PW.data_ptr(), hidden_PF.data_ptr(), threads(F * W))
+        x.data_ptr(), expert_NK.data_ptr(), weight_NK.data_ptr(), *places(gate_EFW), *places(up_EFW), kind, x_NW.dtype is torch.bfloat16, N, K,
+        E, F, W, limit, order_P.data_ptr(), own_PW.data_ptr(), hidden_PF.data_ptr(), threads(F * W))
     if unknown:
         raise IndexError(f"an expert is none of the {E}: {sorted(set(expert_NK.flatten().tolist()))}")
     if rounding is not EXACT:

@@ -107,17 +107,18 @@ static inline const float *widened(const void *numbers, int bf16, long length, f
     return space;
 }
 
-/* Floats to `out` from its `index`-th number on, to the nearest bfloat16 or as they are. */
+/* The nearest bfloat16, of two the even one. */
+static inline uint16_t narrowed(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    return number == number ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+/* Floats to `out` from its `index`-th number on, narrowed or as they are. */
 static inline void put(const float *numbers, long length, void *out, int bf16, long index) {
-    if (!bf16) {
-        memcpy((float *)out + index, numbers, length * sizeof(float));
-        return;
-    }
-    for (long i = 0; i < length; i++) {
-        uint32_t bits;
-        memcpy(&bits, numbers + i, 4);
-        ((uint16_t *)out)[index + i] = numbers[i] == numbers[i] ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-    }
+    if (!bf16) memcpy((float *)out + index, numbers, length * sizeof(float));
+    else
+        for (long i = 0; i < length; i++) ((uint16_t *)out)[index + i] = narrowed(numbers[i]);
 }
 
 /* A matrix [O, I], or several: its numbers and, where they are codes, their scales (fathom/quant/formats.py): for FP8 one for 128 x 128
@@ -288,9 +289,10 @@ void fathom_rotate(const void *x, int bf16, const float *turn, long N, long A, l
 }
 
 /* Pairs of token and expert, P = N K, sorted by expert into `order`, so that an expert's matrices are read once: each pair's activation
-   hidden [P, F] of x [N, W], in that order; own [P, W] is for use in between. Returns 1, having done nothing, where an expert is none of the E. */
+   hidden [P, F] of x [N, W], in that order; own [P, W] is for use in between. `bf16`: gate and up are narrowed, as products of such x
+   are. Returns 1, having done nothing, where an expert is none of the E. */
 int fathom_experts_in(const float *x, const int64_t *expert, const float *weight, const void *gate, const void *gate_scale, const void *up,
-                      const void *up_scale, int kind, long N, long K, long E, long F, long W, float limit, int64_t *order, float *own,
+                      const void *up_scale, int kind, int bf16, long N, long K, long E, long F, long W, float limit, int64_t *order, float *own,
                       float *hidden, int threads) {
     long P = N * K;
     matrix gates = {gate, gate_scale, kind}, ups = {up, up_scale, kind};
@@ -318,6 +320,10 @@ int fathom_experts_in(const float *x, const int64_t *expert, const float *weight
             for (long i = p; i < end; i++)
                 for (long r = 0; r < LANES && f + r < F; r++) {
                     float g = made[0][(i - p) * LANES + r], u = made[1][(i - p) * LANES + r];
+                    if (bf16) {
+                        uint16_t narrow[2] = {narrowed(g), narrowed(u)};
+                        g = one_bf16(narrow), u = one_bf16(narrow + 1);
+                    }
                     g = g > limit ? limit : g;
                     u = u > limit ? limit : u < -limit ? -limit : u;
                     hidden[i * F + f + r] = g / (1 + expf(-g)) * u * weight[order[i]];

@@ -33,7 +33,7 @@ _ARGUMENTS = {
     "linear": [_P, _P, _I, _L, _L, _P, _L, _L, _P, _P, _I],
     "rms_normalise": [_P, _I, _P, _L, _L, _F, _P, _I],
     "rotate": [_P, _I, _P, *[_L] * 4, _I, _P, _I],
-    "experts_in": [*[_P] * 7, _I, *[_L] * 5, _F, *[_P] * 3, _I],
+    "experts_in": [*[_P] * 7, _I, _I, *[_L] * 5, _F, *[_P] * 3, _I],
     "experts_out": [*[_P] * 5, _I, *[_L] * 4, *[_P] * 3, _I],
     "stream_coefficients": [*[_P] * 4, *[_L] * 4, _F, _F, *[_P] * 4, _I],
     "streams_in": [_P, _I, _P, _L, _L, _L, _P, _I],
