@@ -21,10 +21,10 @@ def combinations(environments: Mapping[str, Environment], levels: Sequence[int],
 
 
 def choose_tasks(environments: Mapping[str, Environment], levels: Sequence[int], modes: Sequence[Mode], count: int,
-                 seed: int, number: int, split: str = "train") -> list[Asked]:
-    """`count` tasks of a round; the same arguments give the same tasks."""
+                 seed: int, number: int, split: str = "train", shares: Mapping[str, int] | None = None) -> list[Asked]:
+    """`count` tasks of a round; the same arguments give the same tasks. An environment is asked as often as its share (else 1) says."""
     rng = random.Random(f"{seed}/{number}")
-    ways = combinations(environments, levels, modes)
+    ways = [way for way in combinations(environments, levels, modes) for _ in range((shares or {}).get(way[0].name, 1))]
     chosen: list[tuple[Environment, int, Mode]] = []
     while len(chosen) < count:
         chosen += rng.sample(ways, len(ways))

@@ -42,15 +42,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Teacher:
-    """A specialist, the environments whose samples it judges, and the weight of its divergence."""
+    """A specialist, the environments whose samples it judges, the weight of its divergence, and its environments' share of the prompts."""
 
     run: str
     environments: tuple[str, ...]
     weight: float = 1.0
+    share: int = 1
 
     def __post_init__(self):
-        if not self.environments or self.weight <= 0:
-            raise RecipeError(f"teacher {self.run}: weight is {self.weight}, environments {list(self.environments)}; allowed: above 0, one or more")
+        if not self.environments or self.weight <= 0 or self.share < 1:
+            raise RecipeError(f"teacher {self.run}: weight is {self.weight}, share {self.share}, environments {list(self.environments)}; "
+                              "allowed: above 0, at least 1, one or more")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class Pupil:
     def make_round(self, number: int, log: RolloutLog) -> list[SampleBatch]:
         """Sample a round, and let the teachers read it: one batch for each update, ordered by teacher."""
         recipe = self.recipe
-        tasks = choose_tasks(self.environments, recipe.levels, recipe.modes, recipe.prompts, recipe.seed, number)
+        shares = {name: recipe.teachers[teacher].share for name, teacher in self.teacher_of.items()}
+        tasks = choose_tasks(self.environments, recipe.levels, recipe.modes, recipe.prompts, recipe.seed, number, shares=shares)
         rollouts = new_rollouts(tasks, 1, self.tokenizer)
         metrics = self._play(rollouts, number, log) | reward_metrics(rollouts, 0.0)
         longest = max([recipe.row_tokens, *(len(rollout.tokens) for rollout in rollouts)])

@@ -55,7 +55,8 @@ class Pipeline:
 
     `documents` worked tasks of each environment (one number, or one for each), as plain text, and `repeats` short texts that repeat themselves
     (a small model learns from them to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out
-    tasks of each environment and mode. `teacher_weights` are those of the teachers' divergences in distillation. `judge` adds a model that learns to judge, and from its own verdicts.
+    tasks of each environment and mode. `teacher_weights` are those of the teachers' divergences in
+    distillation, `teacher_shares` those of the prompts; thinking budgets are scored in `budget_environments`. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
     run: str
@@ -64,6 +65,7 @@ class Pipeline:
     levels: tuple[int, ...] = (1,)
     documents: tuple[int, ...] = (3000,)
     teacher_weights: tuple[float, ...] = (1.0,)
+    teacher_shares: tuple[int, ...] = (1,)
     repeats: int = 0
     text: tuple[str, ...] = ()
     vocabulary: int = 2048
@@ -72,13 +74,14 @@ class Pipeline:
     score_tokens: int = 256
     temperature: float = 1.0
     budgets: tuple[int, ...] = (8, 16, 32, 64)
+    budget_environments: tuple[str, ...] = ("math",)
     judge: bool = False
     seed: int = 0
 
     def __post_init__(self):
         if not self.sizes or not self.environments or not any(size.full for size in self.sizes):
             raise RecipeError("a pipeline needs environments, and sizes, one of them full")
-        for name in ("documents", "teacher_weights"):
+        for name in ("documents", "teacher_weights", "teacher_shares"):
             if len(getattr(self, name)) not in (1, len(self.environments)):
                 raise RecipeError(f"{name} has {len(getattr(self, name))} numbers; give one, or one for each of {len(self.environments)} environments")
         if min(*self.documents, self.workers, self.tasks, self.score_tokens) < 1:
@@ -149,8 +152,8 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
         student = add(f"{s}/student", "sft", toml(f"student-{s}", "student"), [base], base=str(run / base),
                       demonstrations__environments=list(recipe.environments))
         taught_by = {name: specialists.get(name, f"{recipe.teachers_size}/grpo-{name}") for name in recipe.environments}
-        weights = dict(zip(recipe.environments, cycle(recipe.teacher_weights), strict=False))
-        teachers = [{"run": str(run / stage), "environments": [name], "weight": weights[name]} for name, stage in taught_by.items()]
+        teachers = [{"run": str(run / taught_by[name]), "environments": [name], "weight": weight, "share": share}
+                    for name, weight, share in zip(recipe.environments, cycle(recipe.teacher_weights), cycle(recipe.teacher_shares), strict=False)]
         after = [student, *taught_by.values()]
         add(f"{s}/distilled", "distill", toml(f"distill-{s}", "distill"), after, base=str(run / student), teachers=teachers)
         if size.full:
@@ -164,19 +167,27 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
             paths = [str(run / stage) for stage in specialists.values()]
             found.append(StageCommand(f"{s}/average", ("average", *paths, "--out", str(run / s / "average")),
                                       tuple(specialists.values()), run / s / "average"))
-    return [entry for stage in found for entry in (stage, _score(recipe, stage))]
+    return [entry for stage in found for entry in (stage, *_scores(recipe, stage))]
 
 
-def _score(recipe: Pipeline, stage: StageCommand) -> StageCommand:
-    """The scores of what a stage made: the distilled model in every mode and against budgets, others in chat and high."""
-    out = Path(recipe.run) / "scores" / f"{stage.name.replace('/', '.')}.json"
-    whole = stage.name.endswith("/distilled")
+def _scores(recipe: Pipeline, stage: StageCommand) -> list[StageCommand]:
+    """The scores of what a stage made: the distilled model in every mode and, a stage of its own, against budgets; others in chat and high."""
+    whole, run = stage.name.endswith("/distilled"), Path(recipe.run)
+
+    def score(name: str, environments: Sequence[str], modes: str, out: Path, *more: str) -> StageCommand:
+        return StageCommand(name, (
+            "score", str(stage.makes), "--environment", ",".join(environments), "--tasks", str(recipe.tasks), "--mode", modes,
+            "--levels", ",".join(map(str, recipe.levels)), "--max-tokens", str(recipe.score_tokens), "--temperature", str(recipe.temperature),
+            "--seed", str(recipe.seed), "--out", str(out), *more), (stage.name,), out)
+
+    file = stage.name.replace("/", ".")
     names = JUDGING if "judge" in stage.name else recipe.environments
-    more = ("--budgets", ",".join(map(str, recipe.budgets))) if whole and recipe.budgets else ()
-    return StageCommand(f"score/{stage.name}", (
-        "score", str(stage.makes), "--environment", ",".join(names), "--tasks", str(recipe.tasks), "--mode",
-        "chat,high,max" if whole else "chat,high", "--levels", ",".join(map(str, recipe.levels)), "--max-tokens", str(recipe.score_tokens),
-        "--temperature", str(recipe.temperature), "--seed", str(recipe.seed), "--out", str(out), *more), (stage.name,), out)
+    found = [score(f"score/{stage.name}", names, "chat,high,max" if whole else "chat,high", run / "scores" / f"{file}.json")]
+    thinking = [name for name in recipe.budget_environments if name in recipe.environments]
+    if whole and recipe.budgets and thinking:
+        found.append(score(f"budgets/{stage.name}", thinking, "high,max", run / "budgets" / f"{file}.json",
+                           "--budgets", ",".join(map(str, recipe.budgets))))
+    return found
 
 
 class Runner:

@@ -38,6 +38,8 @@ def write_report(recipe: Pipeline) -> Path:
         raise FathomError("the report needs matplotlib; run: pip install 'fathom[plots]'")
     run = Path(recipe.run)
     scores = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "scores").glob("*.json"))}
+    for path in sorted((run / "budgets").glob("*.json")):
+        scores[path.stem] = scores.get(path.stem, []) + [row for row in json.loads(path.read_text(encoding="utf-8")) if row["budget"] is not None]
     found = checks(recipe, scores)
     variants = variant_rows(recipe, scores)
     parts = ["<h1>Post-training: specialists, one student, three modes</h1>", _heading(recipe), "<h2>What it shows</h2>",

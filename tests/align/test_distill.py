@@ -1,14 +1,17 @@
 """Distillation: teachers' states stored and read back exactly, the student becomes them, kills change nothing; averages."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
 from fathom import recipe as recipes
+from fathom.align.curriculum import choose_tasks
 from fathom.align.distill import Distill, Pupil, Teacher, average, distill
 from fathom.align.grpo import Pace
+from fathom.align.rollout import play_here
 from fathom.align.rollout_log import RolloutLog
 from fathom.align.sample import Mode
 from fathom.checkpoint.released import load_model, save_model
@@ -61,6 +64,21 @@ def test_the_student_becomes_its_teachers(models, tmp_path):
     folder = distill(recipe(models, tmp_path / "run", pace=Pace(8, 2, 0.01), prompts=16), TOYS, False, QUIET)
     lines = [line for line in read_metrics(folder) if "loss" in line]
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"] and {"kl_letters", "kl_other", "reward", "tokens_per_rollout"} <= set(lines[0])
+
+
+def test_environments_are_asked_by_their_teachers_share(models, tmp_path):
+    one, two = (Teacher(str(path), (name,), share=share) for path, name, share in zip(models[1:], ("letters", "other"), (3, 1), strict=True))
+    setup = recipe(models, tmp_path / "run", teachers=(one, two), prompts=8)
+    asked = choose_tasks({name: TOYS[name] for name in ("letters", "other")}, setup.levels, setup.modes, 8, 0, 0, shares={"letters": 3})
+    assert sorted(task.domain for task, _ in asked) == ["letters"] * 6 + ["other"] * 2
+    seen = []
+
+    def watched(model, tokenizer, rollouts, *others):
+        seen.extend(rollout.task.domain for rollout in rollouts)
+        return play_here(model, tokenizer, rollouts, *others)
+
+    distill(replace(setup, pace=Pace(1, 1, 0.01)), TOYS, False, QUIET, watched)
+    assert sorted(seen) == ["letters"] * 6 + ["other"] * 2
 
 
 def test_off_policy_samples_are_the_teachers_own(models, tmp_path):

@@ -87,7 +87,11 @@ def test_the_recipes_in_the_tree_fit_every_stage():
     assert {"pro/student", "flash/grpo-math", "flash/grpo-agent"} <= set(distilled.after)
     judge = next(stage for stage in found if stage.name == "score/flash/judge")
     assert "judging,judged-math" in judge.arguments and "pro/judge" not in names
-    assert not any(name.startswith("pro/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith("score")} < {*names}
+    assert not any(name.startswith("pro/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith(("score", "budgets"))} < {*names}
+    budgets = next(stage for stage in found if stage.name == "budgets/flash/distilled")
+    assert budgets.arguments[3] == "math" and budgets.makes.name == "flash.distilled.json" and budgets.arguments[-1] == "8,16,32,64"
+    teachers = recipes.load(Distill, distilled.arguments[1], distilled.arguments[3::2]).teachers
+    assert [(teacher.weight, teacher.share) for teacher in teachers] == [(3, 4), (1, 1), (1, 1), (1, 2)]
     for size in recipe.sizes:
         config = ModelConfig.load(RECIPES / size.model)
         assert config.sliding_window == 256 and config.vocab_size == recipe.vocabulary
