@@ -34,6 +34,7 @@ from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 POLL_SECONDS = 0.2
 EFFORTS_OF_CORPUS = (2, 5, 3)  # how often chat, high and max: without its working, a result is a guess
 JUDGING = ("judging", "judged-math")
+STUDENTS = ("student", "distilled", "off-policy", "mixed")  # compared with the specialists in every environment
 OF_CORPUS = ("environments", "levels", "documents", "repeats", "vocabulary", "seed")  # the fields that decide corpus and tokenizer
 
 
@@ -55,7 +56,8 @@ class Pipeline:
 
     `documents` worked tasks of each environment (one number, or one for each), as plain text, and `repeats` short texts that repeat themselves
     (a small model learns from them to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out
-    tasks of each environment and mode. `teacher_weights` are those of the teachers' divergences in
+    tasks of each environment and mode; `claim_tasks`, where more, of what the report's claims are decided by, specialists at home and students
+    everywhere, in high. `teacher_weights` are those of the teachers' divergences in
     distillation, `teacher_shares` those of the prompts; thinking budgets are scored in `budget_environments`. `judge` adds a model that learns to judge, and from its own verdicts.
     """
 
@@ -71,6 +73,7 @@ class Pipeline:
     vocabulary: int = 2048
     workers: int = 2
     tasks: int = 50
+    claim_tasks: int = 0
     score_tokens: int = 256
     temperature: float = 1.0
     budgets: tuple[int, ...] = (8, 16, 32, 64)
@@ -171,22 +174,27 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
 
 
 def _scores(recipe: Pipeline, stage: StageCommand) -> list[StageCommand]:
-    """The scores of what a stage made: the distilled model in every mode and, a stage of its own, against budgets; others in chat and high."""
-    whole, run = stage.name.endswith("/distilled"), Path(recipe.run)
+    """The scores of what a stage made: the distilled model in every mode, others in chat and high; with more tasks what claims are decided by;
+    and the distilled model's against thinking budgets.
+    """
+    run, (size, model) = Path(recipe.run), stage.name.split("/")
+    whole, file = model == "distilled", f"{size}.{model}.json"
 
-    def score(name: str, environments: Sequence[str], modes: str, out: Path, *more: str) -> StageCommand:
-        return StageCommand(name, (
-            "score", str(stage.makes), "--environment", ",".join(environments), "--tasks", str(recipe.tasks), "--mode", modes,
+    def score(kind: str, environments: Sequence[str], modes: str, tasks: int, folder: str, *more: str) -> StageCommand:
+        out = run / folder / file
+        return StageCommand(f"{kind}/{stage.name}", (
+            "score", str(stage.makes), "--environment", ",".join(environments), "--tasks", str(tasks), "--mode", modes,
             "--levels", ",".join(map(str, recipe.levels)), "--max-tokens", str(recipe.score_tokens), "--temperature", str(recipe.temperature),
             "--seed", str(recipe.seed), "--out", str(out), *more), (stage.name,), out)
 
-    file = stage.name.replace("/", ".")
-    names = JUDGING if "judge" in stage.name else recipe.environments
-    found = [score(f"score/{stage.name}", names, "chat,high,max" if whole else "chat,high", run / "scores" / f"{file}.json")]
+    names = JUDGING if "judge" in model else recipe.environments
+    found = [score("score", names, "chat,high,max" if whole else "chat,high", recipe.tasks, "scores")]
+    at_home = [name for name in recipe.environments if model in (f"sft-{name}", f"grpo-{name}")]
+    if recipe.claim_tasks > recipe.tasks and size == recipe.teachers_size and (at_home or model in STUDENTS):
+        found.append(score("claim", at_home or recipe.environments, "high", recipe.claim_tasks, "claims"))
     thinking = [name for name in recipe.budget_environments if name in recipe.environments]
     if whole and recipe.budgets and thinking:
-        found.append(score(f"budgets/{stage.name}", thinking, "high,max", run / "budgets" / f"{file}.json",
-                           "--budgets", ",".join(map(str, recipe.budgets))))
+        found.append(score("budgets", thinking, "high,max", recipe.tasks, "budgets", "--budgets", ",".join(map(str, recipe.budgets))))
     return found
 
 

@@ -37,9 +37,7 @@ def write_report(recipe: Pipeline) -> Path:
     if pyplot is None:
         raise FathomError("the report needs matplotlib; run: pip install 'fathom[plots]'")
     run = Path(recipe.run)
-    scores = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "scores").glob("*.json"))}
-    for path in sorted((run / "budgets").glob("*.json")):
-        scores[path.stem] = scores.get(path.stem, []) + [row for row in json.loads(path.read_text(encoding="utf-8")) if row["budget"] is not None]
+    scores = gather_scores(run)
     found = checks(recipe, scores)
     variants = variant_rows(recipe, scores)
     parts = ["<h1>Post-training: specialists, one student, three modes</h1>", _heading(recipe), "<h2>What it shows</h2>",
@@ -49,7 +47,7 @@ def write_report(recipe: Pipeline) -> Path:
     for size in recipe.sizes:
         for effort in ("chat", "high"):
             parts.append(_table([f"{size.name}, mode {effort}", *recipe.environments], _model_rows(recipe, scores, size.name, effort), raw=True,
-                                caption="Mean held-out reward ± its standard error; a specialist's own domain is blue."))
+                                caption=f"Mean held-out reward of {recipe.tasks} tasks ± its standard error; a specialist's own domain is blue.{_claimed(recipe)}"))
     judged = _judge_rows(recipe, scores)
     if judged:
         parts += ["<h2>The judge</h2>", _table(["model", "verdicts right (held-out judging tasks)", "answers right by the hidden rule (judged-math)"], judged),
@@ -59,6 +57,20 @@ def write_report(recipe: Pipeline) -> Path:
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Post-training</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
     write_text(run / "report.html", page)
     return run / "report.html"
+
+
+def gather_scores(run: Path) -> dict[str, list[Row]]:
+    """Every model's rows: those of scores/, in their place those of claims/, which have more tasks, and behind them those of budgets/."""
+    def read(folder: str) -> dict[str, list[Row]]:
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / folder).glob("*.json"))}
+
+    scores = read("scores")
+    for model, rows in read("claims").items():
+        decided = {(row["environment"], row["effort"]) for row in rows}
+        scores[model] = [row for row in scores.get(model, []) if (row["environment"], row["effort"]) not in decided] + rows
+    for model, rows in read("budgets").items():
+        scores[model] = scores.get(model, []) + [row for row in rows if row["budget"] is not None]
+    return scores
 
 
 def mean_of(rows: Sequence[Row], environment: str, effort: str, budget: int | None = None) -> Row | None:
@@ -117,6 +129,12 @@ def _model_rows(recipe: Pipeline, scores: dict[str, list[Row]], size: str, effor
             rows.append([title, *(f'<b class="own">{text}</b>' if model.endswith(f"-{name}") else text
                                   for (name, _), text in zip(cells, texts, strict=True))])
     return rows
+
+
+def _claimed(recipe: Pipeline) -> str:
+    if recipe.claim_tasks <= recipe.tasks:
+        return ""
+    return f" In high, what the claims above are about has {recipe.claim_tasks}: specialists at home, students everywhere ({recipe.teachers_size})."
 
 
 def _judge_rows(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[list[str]]:

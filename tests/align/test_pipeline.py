@@ -19,7 +19,7 @@ from fathom.align.distill import Distill
 from fathom.align.domains import Domains
 from fathom.align.grpo import Grpo
 from fathom.align.pipeline import Pipeline, Runner, Size, StageCommand, StageFailed, plain_text, prepare_corpus, stages
-from fathom.align.pipeline_report import checks, mean_of, variant_rows
+from fathom.align.pipeline_report import checks, gather_scores, mean_of, variant_rows
 from fathom.align.sft import Sft
 from fathom.config import ModelConfig
 from fathom.errors import RecipeError
@@ -70,6 +70,18 @@ def diamond(folder, **options):
     return [stage(folder, "a"), stage(folder, "b", ["a"]), stage(folder, "c", ["a"]), stage(folder, "d", ["b", "c"], **options)]
 
 
+def test_rows_with_more_tasks_take_the_place_of_others_and_budgets_stand_behind_them(tmp_path):
+    def put(folder, *rows):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "flash.distilled.json").write_text(json.dumps([dict(zip(("environment", "effort", "budget", "tasks"), row, strict=True)) for row in rows]))
+
+    put("scores", ("math", "chat", None, 100), ("math", "high", None, 100), ("code", "high", None, 100))
+    put("claims", ("math", "high", None, 400))
+    put("budgets", ("math", "high", None, 100), ("math", "high", 8, 100))
+    rows = [tuple(row.values()) for row in gather_scores(tmp_path)["flash.distilled"]]
+    assert rows == [("math", "chat", None, 100), ("code", "high", None, 100), ("math", "high", None, 400), ("math", "high", 8, 100)]
+
+
 def test_the_recipes_in_the_tree_fit_every_stage():
     recipe = recipes.load(Pipeline, RECIPES / "pipeline.toml", ["judge=true"])
     found = stages(recipe, RECIPES)
@@ -87,7 +99,10 @@ def test_the_recipes_in_the_tree_fit_every_stage():
     assert {"pro/student", "flash/grpo-math", "flash/grpo-agent"} <= set(distilled.after)
     judge = next(stage for stage in found if stage.name == "score/flash/judge")
     assert "judging,judged-math" in judge.arguments and "pro/judge" not in names
-    assert not any(name.startswith("pro/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith(("score", "budgets"))} < {*names}
+    assert not any(name.startswith("pro/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith(("score", "budgets", "claim"))} < {*names}
+    claim = next(stage for stage in found if stage.name == "claim/flash/sft-code")
+    assert claim.arguments[3] == "code" and claim.arguments[5] == "400" and claim.arguments[7] == "high" and "claim/flash/distilled" in names
+    assert not {"claim/flash/base", "claim/pro/distilled", "claim/flash/judge"} & {*names}
     budgets = next(stage for stage in found if stage.name == "budgets/flash/distilled")
     assert budgets.arguments[3] == "math" and budgets.makes.name == "flash.distilled.json" and budgets.arguments[-1] == "8,16,32,64"
     teachers = recipes.load(Distill, distilled.arguments[1], distilled.arguments[3::2]).teachers
