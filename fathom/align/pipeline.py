@@ -55,10 +55,11 @@ class Pipeline:
     pipeline's; one of a stage and environment or size (grpo-agent.toml, base-pro.toml) goes before the general one.
 
     `documents` worked tasks of each environment (one number, or one for each), as plain text, and `repeats` short texts that repeat themselves
-    (a small model learns from them to copy, which every domain needs) join the sources in `text` as the corpus. Scores are of `tasks` held-out
-    tasks of each environment and mode; `claim_tasks`, where more, of what the report's claims are decided by, specialists at home and students
-    everywhere, in high. `teacher_weights` are those of the teachers' divergences in
-    distillation, `teacher_shares` those of the prompts; thinking budgets are scored in `budget_environments`. `judge` adds a model that learns to judge, and from its own verdicts.
+    (a small model learns from them to copy, which every domain needs) join the sources in `text` as the corpus. `teacher_weights` and
+    `teacher_shares` (one number, or one for each environment) are those of the teachers in distillation. Scores are of `tasks` held-out
+    tasks of each environment and mode; of `claim_tasks`, where that is more, what the report's claims are decided by: specialists at home
+    and students everywhere, in high. Thinking `budgets` are scored in those of `budget_environments` that the pipeline has. `judge` adds a
+    model that learns to judge, and from its own verdicts.
     """
 
     run: str
@@ -89,6 +90,8 @@ class Pipeline:
                 raise RecipeError(f"{name} has {len(getattr(self, name))} numbers; give one, or one for each of {len(self.environments)} environments")
         if min(*self.documents, self.workers, self.tasks, self.score_tokens) < 1:
             raise RecipeError("documents, workers, tasks and score_tokens must be at least 1")
+        if min(self.teacher_weights) <= 0 or min(self.teacher_shares) < 1:
+            raise RecipeError(f"teacher_weights is {list(self.teacher_weights)}, teacher_shares {list(self.teacher_shares)}; allowed: above 0, at least 1")
         if self.repeats < 0:
             raise RecipeError(f"repeats is {self.repeats}; allowed: 0 or more texts")
 

@@ -47,7 +47,7 @@ def write_report(recipe: Pipeline) -> Path:
     for size in recipe.sizes:
         for effort in ("chat", "high"):
             parts.append(_table([f"{size.name}, mode {effort}", *recipe.environments], _model_rows(recipe, scores, size.name, effort), raw=True,
-                                caption=f"Mean held-out reward of {recipe.tasks} tasks ± its standard error; a specialist's own domain is blue.{_claimed(recipe)}"))
+                                caption=f"Mean held-out reward of {recipe.tasks} tasks ± its standard error; a specialist's own domain is blue.{_claimed(recipe, size.name, effort)}"))
     judged = _judge_rows(recipe, scores)
     if judged:
         parts += ["<h2>The judge</h2>", _table(["model", "verdicts right (held-out judging tasks)", "answers right by the hidden rule (judged-math)"], judged),
@@ -131,10 +131,10 @@ def _model_rows(recipe: Pipeline, scores: dict[str, list[Row]], size: str, effor
     return rows
 
 
-def _claimed(recipe: Pipeline) -> str:
-    if recipe.claim_tasks <= recipe.tasks:
+def _claimed(recipe: Pipeline, size: str, effort: str) -> str:
+    if recipe.claim_tasks <= recipe.tasks or (size, effort) != (recipe.teachers_size, "high"):
         return ""
-    return f" In high, what the claims above are about has {recipe.claim_tasks}: specialists at home, students everywhere ({recipe.teachers_size})."
+    return f" Specialists at home and students everywhere were asked {recipe.claim_tasks}, which the claims above are decided by."
 
 
 def _judge_rows(recipe: Pipeline, scores: dict[str, list[Row]]) -> list[list[str]]:

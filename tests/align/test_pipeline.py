@@ -216,7 +216,8 @@ def test_the_corpus_is_plain_text_and_made_once_for_a_recipe(tmp_path):
 
 
 def test_recipes_that_cannot_work_are_refused(tmp_path):
-    for changes in (dict(sizes=()), dict(sizes=(Size("pro", "m.json", False),)), dict(tasks=0), dict(repeats=-1), dict(documents=(1, 2, 3))):
+    for changes in (dict(sizes=()), dict(sizes=(Size("pro", "m.json", False),)), dict(tasks=0), dict(repeats=-1), dict(documents=(1, 2, 3)),
+                    dict(teacher_weights=(0.0,)), dict(teacher_shares=(0,)), dict(teacher_shares=(1, 2, 3))):
         with pytest.raises(RecipeError):
             micro(tmp_path, **changes)
     with pytest.raises(RecipeError, match="base.toml is missing"):

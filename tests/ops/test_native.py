@@ -166,14 +166,14 @@ def test_streams_are_mixed_as_defined(shape, dtype):
     assert_as_defined(ops.streams_out, X.to(dtype), y.to(dtype), post, res)
 
 
-def few(arguments, queries=15):
-    """Arguments of attention for the first queries of one row."""
+def few(arguments, queries=7):
+    """Arguments of attention for the first queries of each row."""
     q, window, entries, sink = arguments
-    window = window._replace(query_place_BS=window.query_place_BS[:, :queries // 2], reach_BS=window.reach_BS[:, :queries // 2])
+    window = window._replace(query_place_BS=window.query_place_BS[:, :queries], reach_BS=window.reach_BS[:, :queries])
     if entries is not None:
-        selected = None if entries.selected_BSK is None else entries.selected_BSK[:, :queries // 2]
-        entries = entries._replace(first_BS=entries.first_BS[:, :queries // 2], count_BS=entries.count_BS[:, :queries // 2], selected_BSK=selected)
-    return q[:, :queries // 2], window, entries, sink
+        selected = None if entries.selected_BSK is None else entries.selected_BSK[:, :queries]
+        entries = entries._replace(first_BS=entries.first_BS[:, :queries], count_BS=entries.count_BS[:, :queries], selected_BSK=selected)
+    return q[:, :queries], window, entries, sink
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -271,6 +271,20 @@ def test_kernels_leave_alone_what_they_cannot_do():
     for other in (matrix.double(), matrix.half(), matrix.T.contiguous().T, random(9, 64), matrix.as_subclass(type("Other", (torch.Tensor,), {}))):
         arguments = (other, matrix) if len(other) == 9 else (x.to(other.dtype), other)
         assert ops.linear.choose(*arguments)[0] != "native"
+
+
+def test_shapes_that_do_not_fit_are_torchs_to_refuse():
+    """A kernel would read what lies behind the numbers."""
+    matrices = [random(4, *shape) for shape in ((64, 128), (64, 128), (128, 64))]
+    calls = [(ops.linear, random(1, 128), random(64, 64)), (ops.linear, random(2, 32), random(64, 64)), (ops.rms_normalise, random(2, 8), 1e-6, random(4)),
+             (ops.routed_experts, random(1, 256), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), *matrices, 2.0),
+             (ops.routed_experts, random(1, 128), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), *matrices[:2], random(4, 128, 32), 2.0),
+             (ops.stream_coefficients, random(1, 1, 4, 8), random(24, 16), random(24), random(3), 20, 1e-6, 1e-6),
+             (ops.rotate, random(1, 4), torch.polar(torch.ones(1, 4), random(1, 4)))]
+    for operator, *arguments in calls:
+        assert operator.choose(*arguments)[0] != "native"
+        with pytest.raises((RuntimeError, ValueError)):
+            operator(*arguments)
 
 
 PROGRAM = """

@@ -13,7 +13,10 @@ _PAIRS, _SHARE = 512, 16  # pairs, and pairs for each expert there is: above eit
 
 def _supports(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matrix, up_EFW: Matrix, down_EWF: Matrix, limit: float,
               rounding: Rounding = EXACT) -> bool:
-    return (0 < expert_NK.numel() <= min(_PAIRS, _SHARE * gate_EFW.shape[0]) and runs(x_NW, weight_NK) and reads(gate_EFW, up_EFW, down_EWF))
+    E, F, W = gate_EFW.shape
+    return ((*up_EFW.shape, *down_EWF.shape, x_NW.shape[1]) == (E, F, W, E, W, F, W) and expert_NK.shape == weight_NK.shape
+            and 0 < expert_NK.numel() <= min(_PAIRS, _SHARE * E)
+            and runs(x_NW, weight_NK) and reads(gate_EFW, up_EFW, down_EWF))
 
 
 @routed_experts.register("native", supports=_supports)

@@ -67,13 +67,13 @@ def library() -> ctypes.CDLL | None:
 
 def _made(compiler: str, flags: list[str], name: str) -> Path:
     """The compiled file: in the user's cache, or where that cannot be written in a folder of this process alone."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
-    if (folder / name).exists():
-        return folder / name
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
+        if (folder / name).exists():
+            return folder / name
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder))
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         folder = work = Path(tempfile.mkdtemp())
     try:
         # Linked in a call of its own, without -fopenmp, which would bring a second set of threads.

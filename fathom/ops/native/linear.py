@@ -16,8 +16,10 @@ _MATRIX = 1 << 12  # numbers: below it, torch's own call is as fast
 
 
 def _few(x: Tensor, weight: Matrix, row: int) -> bool:
+    """Whether there are few rows, of x that fits the matrix: what does not is left to torch, which says so."""
     most = _PACKED_ROWS if isinstance(weight, Packed) else _ROWS.get(weight.dtype, 0)
-    return 0 < x.numel() <= most * row and math.prod(weight.shape) >= _MATRIX and runs(x) and reads(weight)
+    return (0 < x.numel() <= most * row and len(weight.shape) == 2 and x.shape[-1] == weight.shape[1] and math.prod(weight.shape) >= _MATRIX
+            and runs(x) and reads(weight))
 
 
 def _product(x: Tensor, weight: Matrix, groups: int) -> Tensor:

@@ -8,7 +8,7 @@ from fathom.ops.norm import rms_normalise
 
 
 def _supports(x: Tensor, eps: float, weight: Tensor | None = None) -> bool:
-    return x.numel() > 0 and (runs(x) if weight is None else runs(x, weight))
+    return x.numel() > 0 and (runs(x) if weight is None else weight.shape == x.shape[-1:] and runs(x, weight))
 
 
 @rms_normalise.register("native", supports=_supports)

@@ -11,6 +11,8 @@ def _supports(x: Tensor, turn: Tensor, inverse: bool = False) -> bool:
     """Where the turns have the leading axes of x, those behind being 1."""
     if x.numel() == 0 or turn.numel() == 0 or turn.dtype is not torch.complex64 or not turn.is_cpu or x.dim() != turn.dim() or not runs(x):
         return False
+    if 2 * turn.shape[-1] > x.shape[-1]:
+        return False
     ahead, behind = list(x.shape[:-1]), list(turn.shape[:-1])
     while behind and behind[-1] == 1:
         behind.pop()

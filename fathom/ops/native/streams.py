@@ -10,8 +10,8 @@ _TOKENS = 64  # whose coefficients are made here: for more, a product for all of
 
 
 def _few(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, *others: float) -> bool:
-    B, S, N, _ = X_BSNW.shape
-    return 0 < B * S <= _TOKENS and N <= 16 and runs(X_BSNW, fn, base, scale_3)
+    B, S, N, W = X_BSNW.shape
+    return 0 < B * S <= _TOKENS and N <= 16 and fn.shape == ((2 + N) * N, N * W) and runs(X_BSNW, fn, base, scale_3)
 
 
 @stream_coefficients.register("native", supports=_few)
