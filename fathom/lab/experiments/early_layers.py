@@ -14,6 +14,12 @@ from fathom.model.moe import MixtureOfExperts, Routing, SharedExpert
 HASHED = 2  # layers
 
 
+class NoRouter(nn.Module):
+    """Stands where training looks for a router; it is never called."""
+
+    by_hash = True
+
+
 class DenseFeedForward(nn.Module):
     """As wide as the experts that a token takes together, in the place of MixtureOfExperts."""
 
@@ -21,7 +27,7 @@ class DenseFeedForward(nn.Module):
         super().__init__()
         width = (config.num_experts_per_tok + 1) * config.moe_intermediate_size
         self.shared = SharedExpert(SimpleNamespace(hidden_size=config.hidden_size, moe_intermediate_size=width, swiglu_limit=config.swiglu_limit))
-        self.router = SimpleNamespace(by_hash=True)
+        self.router = NoRouter()
         self.one_E = config.n_routed_experts
 
     def forward(self, x_BSW: Tensor, token_BS: Tensor, layout: Layout, observe: bool) -> tuple[Tensor, Routing | None]:
