@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fathom import ops
 from fathom.config import ModelConfig
 from fathom.model.cache import LayerCache, LayerFormat, Moves, Ring, Stream
 
@@ -184,15 +185,15 @@ class _PagedStream(Stream):
             new_N = slot_N >= self.table.frozen_B[row_N] // self.ratio
             row_N, slot_N, entries_ND = row_N[new_N], slot_N[new_N], entries_ND[new_N]
         place_N = self.table.block_BP[row_N, slot_N // self.count] * self.count + slot_N % self.count
-        self.pool_EC[place_N] = self.record.pack(entries_ND)
+        self.pool_EC[place_N] = ops.pack(entries_ND, self.record)
 
     def entries(self, count: int) -> Tensor:
         if self.table.run is not None:
             begin = self.table.run * self.count
-            return self.record.unpack(self.pool_EC[None, begin:begin + count])
+            return ops.unpack(self.pool_EC[None, begin:begin + count], self.record)
         blocks = -(-count // self.count)
         pages = self.pool_EC.unflatten(0, (-1, self.count))[self.table.block_BP[:, :blocks]]
-        return self.record.unpack(pages.flatten(1, 2)[:, :count])
+        return ops.unpack(pages.flatten(1, 2)[:, :count], self.record)
 
 
 class _PagedLayer:

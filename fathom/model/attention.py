@@ -47,10 +47,8 @@ class Attention(nn.Module):
                 phase: Phase) -> tuple[Tensor, Tensor | None]:
         """The sublayer's output [B, S, W] and, in training of a layer with an indexer, the indexer's loss."""
         turn_BSC = layout.compressed_turn_BSC if self.ratio else layout.window_turn_BSC
-        latent_BSR = self.query_norm(self.query_down(x_BSW))
-        q_BSHD = ops.rms_normalise(self.query_up(latent_BSR).unflatten(-1, (self.heads, -1)), self.eps)
-        q_BSHD = ops.rotate(q_BSHD, turn_BSC[:, :, None])
-        kv_BTD = self.rounding.entries(ops.rotate(self.key_value_norm(self.key_value(x_BSW)), turn_BSC))
+        latent_BSR, q_BSHD = ops.low_rank_queries(x_BSW, self.query_down, self.query_norm, self.query_up, self.heads, turn_BSC, self.eps)
+        kv_BTD = ops.shared_key(x_BSW, self.key_value, self.key_value_norm, turn_BSC, self.rounding)
         if cache is not None:
             kv_BTD = cache.window.extend(kv_BTD, layout.moves, slots=layout.window_slots)
         window = ops.Window(kv_BTD, layout.key_place_BT, layout.place_BS, layout.reach_BS)
@@ -68,10 +66,4 @@ class Attention(nn.Module):
                 index_loss = self.indexer.objective(scorer, q_BSHD, window, entries, self.sink)
 
         out_BSHD = ops.attention(q_BSHD, window, entries, self.sink)
-        out_BSHD = ops.rotate(out_BSHD, turn_BSC[:, :, None], inverse=True)
-        return self._project(out_BSHD), index_loss
-
-    def _project(self, out_BSHD: Tensor) -> Tensor:
-        """Each group of heads to its own low rank, all of them back to the width (report 2.3.3)."""
-        grouped_BSGI = out_BSHD.flatten(2).unflatten(-1, (self.groups, -1))
-        return self.output_up(ops.grouped_linear(grouped_BSGI, self.output_down.matrix))
+        return ops.join_heads(out_BSHD, turn_BSC, self.output_down.matrix, self.output_up, self.groups), index_loss

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fathom import ops
 from fathom.accounting import baseline_channels
 from fathom.config import ModelConfig
 from fathom.errors import InputError
@@ -67,11 +68,14 @@ class Ring:
     def extend(self, new_BSC: Tensor, moves: Moves, rows_R: Tensor | None = None, slots: int | None = None) -> Tensor:
         """The old items followed by the new ones [B, R + S, C]; afterwards the ring holds the newest R of each row.
 
-        Where given, the result has `rows_R` only, and of the old items those in the first `slots` slots: it is a copy that decoding
-        makes anew for every token.
+        Where given, the result has `rows_R` only, and of the old items those in the first `slots` slots. A single new item of a ring
+        whose `slots` are given takes its slot first, and the result is those slots [B, R, C]: nothing is copied.
         """
-        packed_BSC = self.record.pack(new_BSC)
-        joined = torch.cat([self.items(rows_R, slots), packed_BSC if rows_R is None else packed_BSC[rows_R]], 1)
+        packed_BSC, in_place = ops.pack(new_BSC, self.record), slots is not None and moves.tokens == 1
+        if in_place or (rows_R is not None and not len(rows_R)):
+            joined = packed_BSC[:0]  # nobody reads it
+        else:
+            joined = torch.cat([self.items(rows_R, slots), packed_BSC if rows_R is None else packed_BSC[rows_R]], 1)
         slot_BW, index_BW = moves.writes(self.size)
         if index_BW is None:
             newest_BWC = packed_BSC[:, packed_BSC.shape[1] - slot_BW.shape[1]:]
@@ -79,7 +83,7 @@ class Ring:
             index_BWC = index_BW.clamp(min=0)[..., None].expand(-1, -1, packed_BSC.shape[2])
             newest_BWC = packed_BSC.gather(1, index_BWC).where(index_BW[..., None] >= 0, self.at(slot_BW))
         self.write(slot_BW, newest_BWC)
-        return self.record.unpack(joined)
+        return ops.unpack(self.items(rows_R, slots) if in_place else joined, self.record)
 
     @property
     def size(self) -> int:
@@ -109,11 +113,11 @@ class Stream:
 
     def put(self, row_N: Tensor, slot_N: Tensor, entries_ND: Tensor) -> None:
         """Keep N new entries."""
-        self.records_BMC[row_N, slot_N] = self.record.pack(entries_ND)
+        self.records_BMC[row_N, slot_N] = ops.pack(entries_ND, self.record)
 
     def entries(self, count: int) -> Tensor:
         """The first `count` entries of each row [B, M, D]."""
-        return self.record.unpack(self.records_BMC[:, :count])
+        return ops.unpack(self.records_BMC[:, :count], self.record)
 
     def extend(self, new_BSD: Tensor, tokens: Tokens) -> Tensor:
         """Keep every new token as an entry of its own; all so far [B, M, D]."""

@@ -32,8 +32,7 @@ class Compressor(nn.Module):
                 rounded: Callable[[Tensor], Tensor] = EXACT.entries) -> Tensor:
         """All entries of the rows so far [B, M, D], new ones `rounded`; those of `stream` first, which is brought up to date."""
         blocks = layout.blocks[self.ratio]
-        score_BSC = self.gate(x_BSW) + ops.wide(self.position_bias)[layout.position_BS % self.ratio]
-        raw_BJC = torch.cat([self.value(x_BSW), score_BSC], -1)
+        raw_BJC = ops.compressor_inputs(x_BSW, self.value, self.gate, self.position_bias, layout.position_BS)
         if stream is not None:
             raw_BJC = stream.tail.extend(raw_BJC, layout.moves, blocks.rows_R)
             if not len(blocks.row_N) and not torch.is_grad_enabled():  # most decoded tokens complete no block

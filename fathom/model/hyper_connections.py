@@ -20,9 +20,8 @@ class HyperConnection(nn.Module):
 
     def open(self, X_BSNW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sublayer's input [B, S, W], and the post [B, S, N] and res [B, S, N, N] that `close` needs."""
-        pre_BSN, post_BSN, res_BSNN = ops.stream_coefficients(
-            X_BSNW, self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps)
-        return ops.streams_in(X_BSNW, pre_BSN), post_BSN, res_BSNN
+        x_BSW, _, post_BSN, res_BSNN = ops.open_streams(X_BSNW, self.fn, self.base, self.scale, self.iterations, self.eps, self.norm_eps)
+        return x_BSW, post_BSN, res_BSNN
 
     @staticmethod
     def close(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: Tensor) -> Tensor:

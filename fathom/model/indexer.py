@@ -29,8 +29,7 @@ class Indexer(nn.Module):
     def forward(self, x_BSW: Tensor, latent_BSR: Tensor, layout: Layout,
                 stream: Stream | None, rounding: Rounding = EXACT) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, D], head weights [B, S, H] and keys [B, M, D], from which scores are made."""
-        q_BSHD = self.query_up(latent_BSR).unflatten(-1, (self.heads, -1))
-        q_BSHD = rounding.index(ops.rotate(q_BSHD, layout.compressed_turn_BSC[:, :, None]))
+        q_BSHD = ops.index_queries(latent_BSR, self.query_up, self.heads, layout.compressed_turn_BSC, rounding)
         return q_BSHD, self.head_weights(x_BSW), self.compressor(x_BSW, layout, stream, rounding.index)
 
     @torch.no_grad()

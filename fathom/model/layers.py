@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,18 @@ class Linear(nn.Module):
         """The weight, packed or plain."""
         return self.weight if self.scale is None else Packed(self.weight, self.scale)
 
+    @property
+    def plain(self) -> ops.Projection | None:
+        """What operators of several layers need to do this one's work; None where a call would do more.
+
+        Read from the module's own dictionaries: decoding asks a hundred times a token, and attributes of modules are slow.
+        """
+        own = _own(self, Linear)
+        if own is None:
+            return None
+        weight, scale = own["_parameters"]["weight"], own["_buffers"]["scale"]
+        return ops.Projection(weight if scale is None else Packed(weight, scale), own.get("rounding", Linear.rounding), own["wide"])
+
     def forward(self, x: Tensor) -> Tensor:
         if self.wide:
             x = ops.wide(x)
@@ -48,8 +61,20 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
+    @property
+    def plain(self) -> ops.Norm | None:
+        """As a linear layer's."""
+        own = _own(self, RMSNorm)
+        return None if own is None else ops.Norm(own["_parameters"]["weight"], own["eps"])
+
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_normalise(x, self.eps, self.weight)
+
+
+def _own(module: nn.Module, kind: type) -> dict[str, Any] | None:
+    """The module's dictionary, if calling it is its class's forward and nothing else: no hooks, no other forward."""
+    own = module.__dict__
+    return own if type(module) is kind and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own) else None
 
 
 @lru_cache

@@ -50,12 +50,13 @@ class Layout:
         self.place_BS = self.start_B[:, None] + step_S
         self.reach_BS = position_BS.clamp(max=config.sliding_window - 1)
         self.key_place_BT, self.window_slots = self.place_BS, 0
-        if cache is not None:  # the ring's slot r holds the last position before the start that is r modulo its size
-            R = config.sliding_window
-            self.window_slots = min(R, self.moves.longest)  # the others are empty
-            last_B1 = self.start_B[:, None] - 1
-            self.key_place_BT = torch.cat([last_B1 - (last_B1 - torch.arange(self.window_slots, device=step_S.device)) % R,
-                                           self.place_BS], 1)
+        if cache is not None:  # the ring's slot r holds the last position up to `last` that is r modulo its size
+            R, single = config.sliding_window, int(S == 1)  # a single token is in the ring before it is read
+            self.window_slots = min(R, self.moves.longest + single)  # the others are empty
+            last_B1 = self.start_B[:, None] - 1 + single
+            self.key_place_BT = last_B1 - (last_B1 - torch.arange(self.window_slots, device=step_S.device)) % R
+            if not single:
+                self.key_place_BT = torch.cat([self.key_place_BT, self.place_BS], 1)
         self._window_frequency = rotary_frequencies(config.qk_rope_head_dim, config.rope_theta, None)
         self._compressed_frequency = rotary_frequencies(config.qk_rope_head_dim, config.compress_rope_theta,
                                                         config.rope_scaling)
@@ -81,6 +82,8 @@ class Layout:
 
     def _blocks(self, ratio: int, cached: bool) -> Blocks:
         B, S = self.position_BS.shape
+        if cached and S == 1 and not self._ends(ratio):
+            return self._no_blocks(ratio)
         ends_BS = ((self.position_BS + 1) % ratio == 0) & self.real_BS
         done_BS = (self.start_B // ratio)[:, None] + ends_BS.cumsum(1)  # blocks of the row up to and with each token
         count_BS = (self.position_BS + 1) // ratio
@@ -103,3 +106,19 @@ class Layout:
         return Blocks(row_N, done_BS[row_N, end_N] - 1, position_N, flat(step_NR),
                       flat(step_NR - ratio) if overlap else None, position_N >= ratio if overlap else None,
                       (done_BS - count_BS).clamp(min=0), count_BS.where(self.real_BS, 0), entries, rows_R)
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        """Each row's start and count: of a few rows, numbers are asked sooner than tensors."""
+        return list(zip(self.start_B.tolist(), self.count_B.tolist(), strict=True))
+
+    def _ends(self, ratio: int) -> bool:
+        """Whether one of the rows' single tokens completes a block."""
+        return any((start + count) % ratio == 0 and count for start, count in self._spans)
+
+    def _no_blocks(self, ratio: int) -> Blocks:
+        """As `_blocks` where a single token a row completes none, which are most decoded tokens."""
+        none_N, none_NR = self.count_B.new_empty(0), self.count_B.new_empty(0, ratio)
+        count_BS, overlap = self.place_BS // ratio, kind_of_ratio(ratio) == "csa"
+        return Blocks(none_N, none_N, none_N, none_NR, none_NR if overlap else None, none_N.bool() if overlap else None,
+                      torch.zeros_like(count_BS), count_BS * self.count_B[:, None], max(start // ratio for start, _ in self._spans), none_N)

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom import ops
@@ -41,15 +40,9 @@ class Router(nn.Module):
 
     def forward(self, x_BSW: Tensor, token_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Affinities [B, S, E], chosen experts [B, S, K] and their weights [B, S, K], in float32."""
-        affinity_BSE = F.softplus(F.linear(ops.wide(x_BSW), ops.wide(self.weight))).sqrt()
         if self.by_hash:
-            expert_BSK = self.table[token_BS]
-        elif self.foreseen is not None:
-            expert_BSK = self.foreseen
-        else:
-            expert_BSK = (affinity_BSE + self.bias).topk(self.chosen, sorted=False).indices
-        weight_BSK = affinity_BSE.gather(-1, expert_BSK)
-        return affinity_BSE, expert_BSK, weight_BSK / weight_BSK.sum(-1, keepdim=True) * self.scaling
+            return ops.route(x_BSW, self.weight, self.scaling, None, self.chosen, self.table[token_BS])
+        return ops.route(x_BSW, self.weight, self.scaling, self.bias, self.chosen, self.foreseen)
 
 
 class Experts(nn.Module):
@@ -87,7 +80,7 @@ class SharedExpert(nn.Module):
         self.down = Linear(config.moe_intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.clamped_swiglu(self.gate(x), self.up(x), self.limit).to(x.dtype))
+        return ops.swiglu_expert(x, self.gate, self.up, self.down, self.limit)
 
 
 class MixtureOfExperts(nn.Module):

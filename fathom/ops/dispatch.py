@@ -14,10 +14,10 @@ _preferred: ContextVar[str | None] = ContextVar("fathom_ops_preferred", default=
 
 
 class Op:
-    """A callable operator: `definition` plus registered implementations."""
+    """A callable operator: `definition` plus registered implementations. The definition of a `composed` one calls other operators."""
 
-    def __init__(self, definition: Callable):
-        self.definition = definition
+    def __init__(self, definition: Callable, composed: bool = False):
+        self.definition, self.composed = definition, composed
         self.implementations: dict[str, tuple[Callable[..., bool], Callable]] = {}
         self.__name__ = definition.__name__
         self.__doc__ = definition.__doc__
@@ -34,10 +34,9 @@ class Op:
     def choose(self, *args, **kwargs) -> tuple[str, Callable]:
         """The name and function that a call with these arguments would run."""
         preferred = _preferred.get()
-        if preferred == DEFINITION:
-            return DEFINITION, self.definition
-        names = [preferred] if preferred in self.implementations else list(reversed(self.implementations))
-        for name in names:
+        if preferred is not None and (preferred == DEFINITION or self.composed and preferred not in self.implementations):
+            return DEFINITION, self.definition  # of a composed one its steps: they may have what is preferred
+        for name in (preferred,) if preferred in self.implementations else reversed(self.implementations):
             supports, function = self.implementations[name]
             if supports(*args, **kwargs):
                 return name, function
@@ -50,6 +49,11 @@ class Op:
 def op(definition: Callable) -> Op:
     """Decorator: make a definition callable through dispatch."""
     return Op(definition)
+
+
+def composed(definition: Callable) -> Op:
+    """Decorator: as `op`, for a definition that is made of other operators."""
+    return Op(definition, composed=True)
 
 
 def preferred() -> str | None:

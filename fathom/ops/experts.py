@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.ops.dispatch import op
-from fathom.ops.linear import Matrix, linear
+from fathom.ops.dispatch import composed, op
+from fathom.ops.linear import Layer, Matrix, linear
 from fathom.ops.precision import wide
 from fathom.quant.rounding import EXACT, Rounding
 
@@ -14,6 +14,12 @@ from fathom.quant.rounding import EXACT, Rounding
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit), [..., F] -> [..., F] in float32."""
     return F.silu(wide(gate).clamp(max=limit)) * wide(up).clamp(-limit, limit)
+
+
+@composed
+def swiglu_expert(x: Tensor, gate: Layer, up: Layer, down: Layer, limit: float) -> Tensor:
+    """One expert for every token, x [..., W] -> [..., W]."""
+    return down(clamped_swiglu(gate(x), up(x), limit).to(x.dtype))
 
 
 @op

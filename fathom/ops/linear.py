@@ -1,13 +1,35 @@
 """Products with a weight matrix: plain, or packed in FP8 or FP4 and dequantised where it is used (report 5.2.1)."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.ops.dispatch import op
 from fathom.quant.formats import Packed, dequantise
+from fathom.quant.rounding import EXACT, Rounding
 
 Matrix = Tensor | Packed
+
+
+Layer = Callable[[Tensor], Tensor]  # of `fathom.model.layers`, or what somebody put in its place
+
+
+class Projection(NamedTuple):
+    """What a linear layer is where it is no more than that: its matrix [O, I], what rounds its inputs, whether it widens them to float32."""
+
+    matrix: Matrix
+    rounding: Rounding = EXACT
+    in_float32: bool = False
+
+
+class Norm(NamedTuple):
+    """What a normalising layer is where it is no more than that: its weight [D] and epsilon."""
+
+    weight: Tensor
+    eps: float
 
 
 @op

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.ops.dispatch import op
+from fathom.ops.dispatch import composed, op
 from fathom.ops.precision import wide
 
 
@@ -45,6 +45,14 @@ def collapse_coefficients(X_BSNW: Tensor, fn_NI: Tensor, base_N: Tensor, scale_1
 def streams_in(X_BSNW: Tensor, pre_BSN: Tensor) -> Tensor:
     """A sublayer's input [B, S, W] = sum_n pre_n X_n (eq. 1)."""
     return torch.einsum("bsn,bsnw->bsw", pre_BSN, wide(X_BSNW)).to(X_BSNW.dtype)
+
+
+@composed
+def open_streams(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
+                 norm_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A sublayer's input [B, S, W], and the pre [B, S, N] that made it; post [B, S, N] and res [B, S, N, N] for its output (eq. 1-8)."""
+    pre_BSN, post_BSN, res_BSNN = stream_coefficients(X_BSNW, fn, base, scale_3, iterations, eps, norm_eps)
+    return streams_in(X_BSNW, pre_BSN), pre_BSN, post_BSN, res_BSNN
 
 
 @op

@@ -39,7 +39,7 @@ class EntryRecord(PlainRecord):
     """An FP8 entry with BF16 rotary channels; `dtype` is what it unpacks to."""
 
     def __init__(self, channels: int, rotary_channels: int, dtype: torch.dtype):
-        self.plain, self.rotary, self.unpacked = channels - rotary_channels, rotary_channels, dtype
+        self.channels, self.plain, self.rotary, self.unpacked = channels, channels - rotary_channels, rotary_channels, dtype
         self.blocks = -(-self.plain // ENTRY_BLOCK)
         self.width, self.dtype = entry_bytes(channels, rotary_channels), torch.uint8
 

@@ -127,7 +127,7 @@ def test_mean_pooling_is_the_mean_and_disjoint_blocks_see_only_themselves():
 def test_unconstrained_streams_start_as_the_identity_and_then_amplify():
     connection = Transformer(small_config([0])).initialise(0).blocks[0].attention_streams
     X = torch.randn(1, 3, 4, 64)
-    with swapped((ops, "stream_coefficients", streams.unconstrained)):
+    with swapped((ops, "open_streams", streams.unconstrained)):
         res = connection.open(X)[2]
         assert (res - torch.eye(4)).abs().max() < 0.01
         connection.scale.fill_(5.0)

@@ -13,7 +13,6 @@ from fathom.checkpoint.layouts import LAYOUTS
 from fathom.checkpoint.names import released_name
 from fathom.checkpoint.released import save_model
 from fathom.model.layers import Linear
-from fathom.ops.cpu.products import times
 from fathom.quant import rounding as rounding_module
 from fathom.quant.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
@@ -188,7 +187,7 @@ def test_every_linear_layer_gives_the_product_with_its_rounded_or_exact_input(fo
     model.mtp_logits(TOKENS[:1, :20])  # the trunk, the MTP block and the head
     for name, (module, x, out) in seen.items():
         x = x.float() if module.wide else x
-        exact, rounded = (times(each, module.weight.to(x.dtype)) for each in (x, fp8(x, 128)))
+        exact, rounded = (ops.linear(each, module.weight.to(x.dtype)) for each in (x, fp8(x, 128)))
         assert torch.equal(out, rounded if rounds_inputs(layout, simulated) and name.endswith(ROUNDED) else exact), name
         assert not torch.equal(rounded, exact), name
     assert seen.keys() >= {
@@ -203,10 +202,8 @@ def test_wo_a_multiplies_exact_inputs(folders, layout, simulated):
     out = spread((2, 5, 4, CONFIG.head_dim), 1, -14, 3)
     given = []
     attention.output_up.register_forward_pre_hook(lambda _, args: given.append(args[0]))
-    attention._project(out)
-    weight = attention.output_down.weight.unflatten(0, (2, -1))
-    exact, rounded = (torch.einsum("bsgi,gri->bsgr", x.flatten(2).unflatten(-1, (2, -1)), weight).flatten(2)
-                      for x in (out, fp8(out, 128)))
+    ops.join_heads(out, torch.ones(2, 5, 16, dtype=torch.complex64), attention.output_down.matrix, attention.output_up, 2)
+    exact, rounded = (ops.grouped_linear(x.flatten(2).unflatten(-1, (2, -1)), attention.output_down.matrix) for x in (out, fp8(out, 128)))
     assert torch.equal(given[0], exact) and not torch.equal(given[0], rounded)
 
 

@@ -2,7 +2,7 @@
 
 import threading
 
-from fathom.ops.dispatch import op, using
+from fathom.ops.dispatch import composed, op, using
 
 
 def make():
@@ -31,6 +31,21 @@ def test_using_prefers_a_name_where_it_is_supported_and_ends_with_its_block():
             assert double(4)[0] == "definition"
         assert double(4)[0] == "small"
     assert double(4)[0] == "even"
+
+
+def test_a_composed_operator_leaves_a_preference_that_it_lacks_to_its_steps():
+    double = make()
+
+    @composed
+    def four_times(x):
+        return double(double(x)[1])
+
+    four_times.register("at once", lambda x: True)(lambda x: ("at once", 4 * x))
+    assert four_times(2) == ("at once", 8)
+    with using("small"):
+        assert four_times(2) == ("small", 8)
+    with using("at once"):
+        assert four_times(2) == ("at once", 8)
 
 
 def test_a_preference_stays_in_its_own_thread():

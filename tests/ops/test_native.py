@@ -75,6 +75,14 @@ def test_a_product_of_few_rows_is_the_definition_and_a_row_is_the_same_alone(O, 
         assert torch.equal(together, native(ops.linear, x.view(2, 4, I), matrix).view(8, O))
 
 
+@pytest.mark.parametrize("rows", [9, 40, 64])
+def test_a_small_matrix_is_multiplied_with_more_rows_and_each_is_the_same_alone(rows):
+    matrix, x = random(96, 200), random(rows, 200)
+    together = assert_as_defined(ops.linear, x, matrix, rounding=4e-6)
+    assert torch.equal(together, torch.stack([native(ops.linear, row, matrix) for row in x]))
+    assert ops.linear.choose(random(9, 1024), random(1024, 1024))[0] != "native"
+
+
 @pytest.mark.parametrize("kind, scale_dtype", [("fp8", E8M0), ("fp8", torch.float32), ("fp4", E8M0), ("fp4", torch.float32)])
 @pytest.mark.parametrize("O, I", [(130, 34), (160, 96), (300, 512), (33, 4100), (128, 128)])
 def test_packed_products_are_the_definition_and_a_row_is_the_same_alone(O, I, kind, scale_dtype):
@@ -268,8 +276,8 @@ def test_kernels_leave_alone_what_they_cannot_do():
     assert ops.linear.choose(x, matrix)[0] == "native"
     with torch.enable_grad():
         assert ops.linear.choose(x, matrix)[0] != "native"
-    for other in (matrix.double(), matrix.half(), matrix.T.contiguous().T, random(9, 64), matrix.as_subclass(type("Other", (torch.Tensor,), {}))):
-        arguments = (other, matrix) if len(other) == 9 else (x.to(other.dtype), other)
+    for other in (matrix.double(), matrix.half(), matrix.T.contiguous().T, random(65, 64), matrix.as_subclass(type("Other", (torch.Tensor,), {}))):
+        arguments = (other, matrix) if len(other) == 65 else (x.to(other.dtype), other)
         assert ops.linear.choose(*arguments)[0] != "native"
 
 

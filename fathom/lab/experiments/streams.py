@@ -7,18 +7,18 @@ from fathom import ops
 from fathom.lab.experiment import Experiment, Numbers, Trained, Variant, Verdict, lower, mean, swapped, worst
 from fathom.model.hyper_connections import HyperConnection
 
-_constrained = ops.stream_coefficients
+_constrained = ops.open_streams
 START = 6.0  # of the mixing's diagonal bias as the model starts, which Sinkhorn turns into almost the identity
 
 
 def unconstrained(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
-                  norm_eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ops.stream_coefficients`, with the mixing matrix [B, S, N, N] as it comes: no softmax, no Sinkhorn; it starts as the identity."""
+                  norm_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `ops.open_streams`, with the mixing matrix [B, S, N, N] as it comes: no softmax, no Sinkhorn; it starts as the identity."""
     N = X_BSNW.shape[2]
-    pre_BSN, post_BSN, _ = _constrained(X_BSNW, fn, base, scale_3, iterations, eps, norm_eps)
+    x_BSW, pre_BSN, post_BSN, _ = _constrained(X_BSNW, fn, base, scale_3, iterations, eps, norm_eps)
     x_BSI = ops.wide(X_BSNW).flatten(2)
     mix_BSR = torch.nn.functional.linear(x_BSI, fn[2 * N:]) * (x_BSI.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
-    return pre_BSN, post_BSN, ((mix_BSR * scale_3[2] + base[2 * N:]) / START).unflatten(-1, (N, N))
+    return x_BSW, pre_BSN, post_BSN, ((mix_BSR * scale_3[2] + base[2 * N:]) / START).unflatten(-1, (N, N))
 
 
 @torch.no_grad()
@@ -61,4 +61,4 @@ EXPERIMENT = Experiment(
     "Bits per byte of mHC are below those of a plain residual by more than the noise, and the product of all mixing matrices amplifies by at "
     "most 1.1 with mHC and by more without the constraint. Reproduced where both hold, partly where one does.",
     (Variant("mHC"), Variant("residual", model={"hc_mult": 1}),
-     Variant("unconstrained", swap=lambda: swapped((ops, "stream_coefficients", unconstrained)))), _judge, amplification)
+     Variant("unconstrained", swap=lambda: swapped((ops, "open_streams", unconstrained)))), _judge, amplification)

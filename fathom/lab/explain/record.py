@@ -66,8 +66,8 @@ def record(model: Transformer, tokens: list[int]) -> Record:
     layers: list[LayerRecord] = []
     collapse: list[Tensor] = []
 
-    def streams(args: tuple, result: tuple[Tensor, Tensor, Tensor]) -> None:
-        layers[-1].connections.append(StreamsRecord(args[0][0], *(each[0] for each in result)))
+    def streams(args: tuple, result: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        layers[-1].connections.append(StreamsRecord(args[0][0], *(each[0] for each in result[1:])))
 
     def attention(args: tuple, _: Tensor) -> None:
         _note_attention(layers[-1], *args)
@@ -78,7 +78,7 @@ def record(model: Transformer, tokens: list[int]) -> Record:
             _hook(stack, block.moe.router, after=_note_routing(layers))
             if block.attention.indexer is not None:
                 _hook(stack, block.attention.indexer, after=_note_scores(layers))
-        stack.enter_context(_observed(ops.stream_coefficients, streams))
+        stack.enter_context(_observed(ops.open_streams, streams))
         stack.enter_context(_observed(ops.attention, attention))
         stack.enter_context(_observed(ops.collapse_coefficients, lambda _, result: collapse.append(result[0])))
         token_BS = torch.tensor([tokens], dtype=torch.int64, device=model.embed.weight.device)
@@ -152,7 +152,7 @@ def _hook(stack: ExitStack, module: nn.Module, before: Callable | None = None, a
 @contextmanager
 def _observed(operator: Op, note: Callable[[tuple, object], None]) -> Iterator[None]:
     """Tell `note(arguments, result)` of every call of the operator in this context; the implementation stays the one that is chosen anyway."""
-    chosen = Op(operator.definition)
+    chosen = Op(operator.definition, operator.composed)
     chosen.implementations = dict(operator.implementations)
 
     def listen(*args: object, **kwargs: object) -> object:

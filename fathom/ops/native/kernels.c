@@ -4,78 +4,104 @@
    its length alone: neither the threads nor the other tokens of a call show in a bit of the result. Everything is contiguous, sums are
    in float32; `bf16` says that numbers are bfloat16. The Python files beside this one say what is computed. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#if defined(__clang__) || __GNUC__ >= 12
+#define MOVED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define MOVED(x, ...) __builtin_shuffle(x, (words){__VA_ARGS__})
+#endif
 
-typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
-typedef float half_lanes __attribute__((vector_size(32)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t shorts __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t loose_words __attribute__((vector_size(64), aligned(1), may_alias));
-typedef uint8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
-enum { LANES = 16 };
-
-static inline lanes load(const float *numbers) { return *(const lanes *)numbers; }
-
-static inline lanes load_bf16(const uint16_t *numbers) {
-    return (lanes)(__builtin_convertvector(*(const shorts *)numbers, words) << 16);
-}
-
-static inline float one(const float *number) { return *number; }
-
-static inline float one_bf16(const uint16_t *number) {
-    uint32_t bits = (uint32_t)*number << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    return wide;
-}
-
+/* The sum of the lanes, halves on halves. */
 static inline float total(lanes sums) {
-    union { lanes all; half_lanes halves[2]; } split = {sums};
-    half_lanes half = split.halves[0] + split.halves[1];
-    float quarter[4] = {half[0] + half[4], half[1] + half[5], half[2] + half[6], half[3] + half[7]};
-    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+    sums += MOVED(sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    sums += MOVED(sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    sums += MOVED(sums, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    sums += MOVED(sums, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return sums[0];
 }
 
-/* NAME: a row times x. NAME_4: the same bits for four x that lie `step` numbers apart, while the row is read and widened once. */
-#define DOT(NAME, TYPE, LOAD, ONE)                                                                  \
+static inline lanes larger(lanes a, lanes b) {
+    words first = (words)(a > b);
+    return (lanes)(((words)a & first) | ((words)b & ~first));
+}
+
+static inline float largest_of(lanes x) {
+    x = larger(x, MOVED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = larger(x, MOVED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = larger(x, MOVED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    x = larger(x, MOVED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    return x[0];
+}
+
+/* e^x within 2 units of the last place; from -87 down and from 88 up as there. x = k ln 2 + r, e^r by its series. */
+static inline lanes exponential(lanes x) {
+    lanes low = {0}, high = {0}, magic = {0};
+    low -= 87, high += 88, magic += 0x1.8p23f;
+    x = (lanes)(((words)low & (words)(x < low)) | ((words)high & (words)(x > high)) | ((words)x & ~(words)(x < low) & ~(words)(x > high)));
+    lanes shifted = x * 0x1.715476p+0f + magic, k = shifted - magic;
+    lanes r = (x - k * 0x1.62e4p-1f) + k * -0x1.7f7d1cp-20f;
+    lanes sum = 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
+    return (lanes)((words)sum + ((words)shifted << 23));
+}
+
+/* x [length] -> e^(x - top); returns their sum. */
+static inline float exponentials(float *x, long length, float top) {
+    lanes sums = {0};
+    long j = 0;
+    for (; j + LANES <= length; j += LANES) sums += *(lanes *)(x + j) = exponential(load(x + j) - top);
+    float sum = total(sums);
+    if (j < length) {
+        lanes rest = exponential(load_rest(x + j, length - j) - top);
+        for (long i = 0; j + i < length; i++) sum += x[j + i] = rest[i];
+    }
+    return sum;
+}
+
+/* NAME: a row times x. NAME_4: the same bits for four x that lie `step` numbers apart, while the row is read and widened once. (Sums in
+   arrays would go through memory: GCC keeps only what has a name of its own in registers.) */
+#define START(n) lanes a##n = {0}, b##n = {0}, c##n = {0}, d##n = {0};
+#define STEP(n, own)                      \
+    a##n += row_a * load(own);            \
+    b##n += row_b * load(own + LANES);    \
+    c##n += row_c * load(own + 2 * LANES); \
+    d##n += row_d * load(own + 3 * LANES);
+#define JOIN(n) lanes sum##n = (a##n + b##n) + (c##n + d##n);
+#define FOUR(DO) DO(0) DO(1) DO(2) DO(3)
+#define STEP_OF(n) STEP(n, (x + n * step + i))
+#define MORE_OF(n) sum##n += more * load(x + n * step + i);
+#define REST_OF(n) sum##n += more * load_rest(x + n * step + i, length - i);
+#define TOTAL_OF(n) out[n] = total(sum##n);
+#define DOT(NAME, TYPE, LOAD, REST)                                                                 \
     static inline float NAME(const TYPE *row, const float *x, long length) {                        \
-        lanes a = {0}, b = {0}, c = {0}, d = {0};                                                   \
-        long i = 0;                                                                                 \
-        for (; i + 4 * LANES <= length; i += 4 * LANES) {                                           \
-            a += LOAD(row + i) * load(x + i);                                                       \
-            b += LOAD(row + i + LANES) * load(x + i + LANES);                                       \
-            c += LOAD(row + i + 2 * LANES) * load(x + i + 2 * LANES);                               \
-            d += LOAD(row + i + 3 * LANES) * load(x + i + 3 * LANES);                               \
-        }                                                                                           \
-        return NAME##_end(row, x, i, length, (a + b) + (c + d));                                    \
-    }                                                                                               \
-    static inline void NAME##_4(const TYPE *row, const float *x, long step, long length, float *out) { \
-        lanes a[4] = {{0}}, b[4] = {{0}}, c[4] = {{0}}, d[4] = {{0}};                               \
+        START(0)                                                                                    \
         long i = 0;                                                                                 \
         for (; i + 4 * LANES <= length; i += 4 * LANES) {                                           \
             lanes row_a = LOAD(row + i), row_b = LOAD(row + i + LANES);                             \
             lanes row_c = LOAD(row + i + 2 * LANES), row_d = LOAD(row + i + 3 * LANES);             \
-            for (int n = 0; n < 4; n++) {                                                           \
-                const float *own = x + n * step + i;                                                \
-                a[n] += row_a * load(own);                                                          \
-                b[n] += row_b * load(own + LANES);                                                  \
-                c[n] += row_c * load(own + 2 * LANES);                                              \
-                d[n] += row_d * load(own + 3 * LANES);                                              \
-            }                                                                                       \
+            STEP(0, (x + i))                                                                        \
         }                                                                                           \
-        for (int n = 0; n < 4; n++)                                                                 \
-            out[n] = NAME##_end(row, x + n * step, i, length, (a[n] + b[n]) + (c[n] + d[n]));       \
-    }
-
-#define DOT_END(NAME, TYPE, LOAD, ONE)                                                              \
-    static inline float NAME##_end(const TYPE *row, const float *x, long i, long length, lanes sums) { \
-        float rest = 0;                                                                             \
-        for (; i + LANES <= length; i += LANES) sums += LOAD(row + i) * load(x + i);                \
-        for (; i < length; i++) rest += ONE(row + i) * x[i];                                        \
-        return total(sums) + rest;                                                                  \
+        JOIN(0)                                                                                     \
+        for (; i + LANES <= length; i += LANES) sum0 += LOAD(row + i) * load(x + i);                \
+        if (i < length) sum0 += REST(row + i, length - i) * load_rest(x + i, length - i);           \
+        return total(sum0);                                                                         \
+    }                                                                                               \
+    static inline void NAME##_4(const TYPE *row, const float *x, long step, long length, float *out) { \
+        FOUR(START)                                                                                 \
+        long i = 0;                                                                                 \
+        for (; i + 4 * LANES <= length; i += 4 * LANES) {                                           \
+            lanes row_a = LOAD(row + i), row_b = LOAD(row + i + LANES);                             \
+            lanes row_c = LOAD(row + i + 2 * LANES), row_d = LOAD(row + i + 3 * LANES);             \
+            FOUR(STEP_OF)                                                                           \
+        }                                                                                           \
+        FOUR(JOIN)                                                                                  \
+        for (; i + LANES <= length; i += LANES) {                                                   \
+            lanes more = LOAD(row + i);                                                             \
+            FOUR(MORE_OF)                                                                           \
+        }                                                                                           \
+        if (i < length) {                                                                           \
+            lanes more = REST(row + i, length - i);                                                 \
+            FOUR(REST_OF)                                                                           \
+        }                                                                                           \
+        FOUR(TOTAL_OF)                                                                              \
     }
 
 #define ADD(NAME, TYPE, LOAD, ONE)                                                                  \
@@ -85,139 +111,10 @@ static inline float total(lanes sums) {
         for (; i < length; i++) sum[i] += factor * ONE(row + i);                                    \
     }
 
-DOT_END(dot_float, float, load, one)
-DOT_END(dot_bf16, uint16_t, load_bf16, one_bf16)
-DOT(dot_float, float, load, one)
-DOT(dot_bf16, uint16_t, load_bf16, one_bf16)
+DOT(dot_float, float, load, load_rest)
+DOT(dot_bf16, uint16_t, load_bf16, load_rest_bf16)
 ADD(add_float, float, load, one)
 ADD(add_bf16, uint16_t, load_bf16, one_bf16)
-
-static inline float number(const void *numbers, int bf16, long index) {
-    return bf16 ? one_bf16((const uint16_t *)numbers + index) : ((const float *)numbers)[index];
-}
-
-static inline const void *nth(const void *matrices, int bf16, long index, long numbers) {
-    return (const char *)matrices + index * numbers * (bf16 ? 2 : 4);
-}
-
-/* `length` numbers as floats: where they lie, or widened into `space`. */
-static inline const float *widened(const void *numbers, int bf16, long length, float *space) {
-    if (!bf16) return numbers;
-    for (long i = 0; i < length; i++) space[i] = one_bf16((const uint16_t *)numbers + i);
-    return space;
-}
-
-/* The nearest bfloat16, of two the even one. */
-static inline uint16_t narrowed(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, 4);
-    return number == number ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
-}
-
-/* Floats to `out` from its `index`-th number on, narrowed or as they are. */
-static inline void put(const float *numbers, long length, void *out, int bf16, long index) {
-    if (!bf16) memcpy((float *)out + index, numbers, length * sizeof(float));
-    else
-        for (long i = 0; i < length; i++) ((uint16_t *)out)[index + i] = narrowed(numbers[i]);
-}
-
-/* A matrix [O, I], or several: its numbers and, where they are codes, their scales (fathom/quant/formats.py): for FP8 one for 128 x 128
-   numbers, for FP4 one for 32 of a row. `kind` is a format and, with 4, says that scales are e8m0 rather than floats. */
-typedef struct {
-    const char *numbers, *scale;
-    int kind;
-} matrix;
-enum { FLOAT, BF16, FP8, FP4, TILE = 128, BLOCK = 32 };
-
-static inline int format_of(matrix m) { return m.kind & 3; }
-
-static inline float scale_at(matrix m, long index) {
-    if (!(m.kind & 4)) return ((const float *)m.scale)[index];
-    uint8_t exponent = ((const uint8_t *)m.scale)[index];
-    uint32_t bits = exponent ? (uint32_t)exponent << 23 : 0x400000; /* 2^-127 */
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return scale;
-}
-
-static inline long row_bytes(matrix m, long I) { return format_of(m) == FLOAT ? 4 * I : format_of(m) == BF16 ? 2 * I : format_of(m) == FP8 ? I : I / 2; }
-
-static inline long blocks_of(long numbers, long size) { return (numbers + size - 1) / size; }
-
-/* The `index`-th of several matrices [O, I]. */
-static inline matrix nth_matrix(matrix m, long index, long O, long I) {
-    long scales = format_of(m) == FP8 ? blocks_of(O, TILE) * blocks_of(I, TILE) : format_of(m) == FP4 ? O * blocks_of(I, BLOCK) : 0;
-    matrix found = {m.numbers + index * O * row_bytes(m, I), m.scale + index * scales * (m.kind & 4 ? 1 : 4), m.kind};
-    return found;
-}
-
-/* In two steps, each of which is few instructions; GCC 12 takes one step of four times the width number by number. */
-static inline words load_bytes(const uint8_t *codes) {
-    return __builtin_convertvector(__builtin_convertvector(*(const bytes *)codes, shorts), words);
-}
-
-/* Sixteen e4m3 numbers: exponent and fraction moved to a float's places; those below 2^-6 have no leading 1. */
-static inline lanes as_fp8(words code) {
-    words size = code & 127, small = (words)(size < 8);
-    lanes plain = (lanes)((size << 20) + (120u << 23)), without_one = 2 * plain - 0x1p-6f;
-    return (lanes)(((words)without_one & small) | ((words)plain & ~small) | (code & 128) << 24);
-}
-
-/* Sixteen e2m1 numbers of codes 0 ... 15. */
-static inline lanes as_fp4(words code) {
-#if defined(__AVX512F__) && !defined(__clang__)
-    static const lanes numbers = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
-    return __builtin_shuffle(numbers, code);
-#else
-    words size = code & 7, one = (words)(size > 1) & 1, doubled = (one << 1 | (size & 1)) << ((size >> 1) - one);
-    return (lanes)((words)(__builtin_convertvector(doubled, lanes) * 0.5f) | (code & 8) << 28);
-#endif
-}
-
-/* Codes are decoded a chunk at a time, of which the first to have enough numbers left is taken. The numbers of a chunk of 16 P then follow
-   each other as the bytes of words do: the 0th, P-th, 2 P-th, ..., then the first, and so on. */
-static const long CHUNKS[2][2] = {{64, 0}, {128, 32}}; /* FP8, FP4 */
-
-/* x [I] in the order in which a row of codes is decoded. */
-static void arrange(const float *x, int format, long I, float *out) {
-    long begin = 0;
-    for (int c = 0; c < 2; c++) {
-        long chunk = CHUNKS[format - FP8][c], share = chunk / LANES;
-        for (; chunk && begin + chunk <= I; begin += chunk)
-            for (long i = 0; i < chunk; i++) out[begin + i % share * LANES + i / share] = x[begin + i];
-    }
-    memcpy(out + begin, x + begin, (I - begin) * sizeof(float));
-}
-
-static inline void decode_fp8(matrix m, long r, long I, float *out) {
-    const uint8_t *codes = (const uint8_t *)m.numbers + r * I;
-    long first = r / TILE * blocks_of(I, TILE), i = 0;
-    for (; i + 64 <= I; i += 64) {
-        words four = *(const loose_words *)(codes + i);
-        float scale = scale_at(m, first + i / TILE);
-        for (int k = 0; k < 4; k++) *(lanes *)(out + i + k * LANES) = scale * as_fp8(four >> (8 * k) & 255);
-    }
-    for (; i + LANES <= I; i += LANES) *(lanes *)(out + i) = scale_at(m, first + i / TILE) * as_fp8(load_bytes(codes + i));
-    for (; i < I; i++) out[i] = scale_at(m, first + i / TILE) * as_fp8((words){codes[i]})[0];
-}
-
-static inline void decode_fp4(matrix m, long r, long I, float *out) {
-    const uint8_t *codes = (const uint8_t *)m.numbers + r * (I / 2);
-    long first = r * blocks_of(I, BLOCK), i = 0;
-    for (; i + 128 <= I; i += 128) {
-        words eight = *(const loose_words *)(codes + i / 2);
-        float a = scale_at(m, first + i / BLOCK), b = scale_at(m, first + i / BLOCK + 1);
-        float c = scale_at(m, first + i / BLOCK + 2), d = scale_at(m, first + i / BLOCK + 3);
-        lanes scales = {a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d};
-        for (int k = 0; k < 8; k++) *(lanes *)(out + i + k * LANES) = scales * as_fp4(eight >> (4 * k) & 15);
-    }
-    for (; i + BLOCK <= I; i += BLOCK) {
-        words pairs = load_bytes(codes + i / 2);
-        *(lanes *)(out + i) = scale_at(m, first + i / BLOCK) * as_fp4(pairs & 15);
-        *(lanes *)(out + i + LANES) = scale_at(m, first + i / BLOCK) * as_fp4(pairs >> 4);
-    }
-    for (; i < I; i++) out[i] = scale_at(m, first + i / BLOCK) * as_fp4((words){codes[i / 2] >> (i % 2 * 4) & 15})[0];
-}
 
 /* 16 rows of a matrix, from `row` on and at most to `end`, times N x (of codes: arranged) that lie `step` apart -> out [N, 16]. */
 static inline void times(matrix m, long row, long end, long I, const float *x, long step, long N, float *out) {
@@ -290,7 +187,7 @@ void fathom_rotate(const void *x, int bf16, const float *turn, long N, long A, l
 
 /* Pairs of token and expert, P = N K, sorted by expert into `order`, so that an expert's matrices are read once: each pair's activation
    hidden [P, F] of x [N, W], in that order; own [P, W] is for use in between. `bf16`: gate and up are narrowed, as products of such x
-   are. Returns 1, having done nothing, where an expert is none of the E. */
+   are, and the activation before it is rounded. Returns 1, having done nothing, where an expert is none of the E. */
 int fathom_experts_in(const float *x, const int64_t *expert, const float *weight, const void *gate, const void *gate_scale, const void *up,
                       const void *up_scale, int kind, int bf16, long N, long K, long E, long F, long W, float limit, int64_t *order, float *own,
                       float *hidden, int threads) {
@@ -303,7 +200,9 @@ int fathom_experts_in(const float *x, const int64_t *expert, const float *weight
         order[place] = p;
     }
     for (long p = 0; p < P; p++) {
-        const float *token = x + order[p] / K * W;
+        float token[W];
+        memcpy(token, x + order[p] / K * W, W * sizeof(float));
+        if (kind & ROUNDS) round_fp8(token, W, INPUT_BLOCK);
         if (format_of(gates) >= FP8) arrange(token, format_of(gates), W, own + p * W);
         else memcpy(own + p * W, token, W * sizeof(float));
     }
@@ -329,6 +228,10 @@ int fathom_experts_in(const float *x, const int64_t *expert, const float *weight
                     hidden[i * F + f + r] = g / (1 + expf(-g)) * u * weight[order[i]];
                 }
         }
+    }
+    for (long p = 0; kind & ROUNDS && p < P; p++) {
+        settle(hidden + p * F, F, bf16);
+        round_fp8(hidden + p * F, F, INPUT_BLOCK);
     }
     return 0;
 }
@@ -434,20 +337,67 @@ void fathom_streams_out(const void *x, const void *y, int bf16, const float *pos
         }
 }
 
+/* scale q_n . key_j for each of n heads [., D] and `seen` keys -> score [n, seen]. */
+static inline void score_keys(const float *q, const char **keys, long seen, int bf16, long n, long D, float scale, float *score) {
+    for (long j = 0; j < seen; j++) {
+        float four[4];
+        if (n == 4 && bf16) dot_bf16_4((const uint16_t *)keys[j], q, D, D, four);
+        else if (n == 4) dot_float_4((const float *)keys[j], q, D, D, four);
+        else
+            for (long h = 0; h < n; h++)
+                four[h] = bf16 ? dot_bf16((const uint16_t *)keys[j], q + h * D, D) : dot_float((const float *)keys[j], q + h * D, D);
+        for (long h = 0; h < n; h++) score[h * seen + j] = scale * four[h];
+    }
+}
+
+/* out [n, D] = sum_j weight [n, j] key_j for n heads, 1 or 4, each sum in the order of the keys. */
+#define MIX_START(n) lanes sum##n = {0};
+#define MIX_STEP(n) sum##n += weight[n * seen + j] * key;
+#define MIX_END(n) *(lanes *)(out + n * D + d) = sum##n;
+#define MIX(NAME, TYPE, LOAD, HEADS)                                                                          \
+    static void NAME(const char **keys, long seen, long D, const float *weight, float *out) {                \
+        for (long d = 0; d + LANES <= D; d += LANES) {                                                        \
+            HEADS(MIX_START)                                                                                  \
+            for (long j = 0; j < seen; j++) {                                                                 \
+                lanes key = LOAD((const TYPE *)keys[j] + d);                                                  \
+                HEADS(MIX_STEP)                                                                               \
+            }                                                                                                 \
+            HEADS(MIX_END)                                                                                    \
+        }                                                                                                     \
+    }
+#define ONE(DO) DO(0)
+MIX(mix_float, float, load, ONE)
+MIX(mix_float_4, float, load, FOUR)
+MIX(mix_bf16, uint16_t, load_bf16, ONE)
+MIX(mix_bf16_4, uint16_t, load_bf16, FOUR)
+
+static inline void mix_keys(const char **keys, long seen, int bf16, long n, long D, const float *weight, float *out) {
+    if (n == 4) (bf16 ? mix_bf16_4 : mix_float_4)(keys, seen, D, weight, out);
+    else
+        for (long h = 0; h < n; h++) (bf16 ? mix_bf16 : mix_float)(keys, seen, D, weight + h * seen, out + h * D);
+    for (long d = D / LANES * LANES; d < D; d++)
+        for (long h = 0; h < n; h++) {
+            float sum = 0;
+            for (long j = 0; j < seen; j++) sum += weight[h * seen + j] * number(keys[j], bf16, d);
+            out[h * D + d] = sum;
+        }
+}
+
 /* Softmax attention out [B, S, H, D] over seen window keys [B, T, D], visible or selected entries [B, ., D] and the sink; rows of entries
-   lie `entry_row` numbers apart. `selected` [B, S, K] may be null, and then `count` entries from `first` on are read. */
+   lie `entry_row` numbers apart. `selected` [B, S, K] may be null, and then `count` entries from `first` on are read. Heads that are
+   computed together share what is read, not their sums. */
 void fathom_attention(const float *q, const void *window, const void *entries, int bf16, const int64_t *key_place, const int64_t *query_place,
                       const int64_t *reach, const int64_t *first, const int64_t *count, const int64_t *selected, const float *sink, long B,
                       long S, long H, long D, long T, long K, long entry_row, long most, float *out, int threads) {
-    long size = bf16 ? 2 : 4;
+    long size = bf16 ? 2 : 4, together = B * S * (H / 4) >= threads ? 4 : 1, groups = (H + together - 1) / together;
     float scale = 1 / sqrtf(D);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const char **keys = malloc(most * sizeof(char *));
-        float *score = malloc(most * sizeof(float));
+        float *score = malloc(4 * most * sizeof(float));
 #pragma omp for schedule(static)
-        for (long i = 0; i < B * S * H; i++) {
-            long h = i % H, s = i / H, b = s / S, seen = 0;
+        for (long i = 0; i < B * S * groups; i++) {
+            long h = i % groups * together, s = i / groups, b = s / S, seen = 0, n = H - h < together ? H - h : together;
             for (long t = 0; t < T; t++) {
                 int64_t distance = query_place[s] - key_place[b * T + t];
                 if (distance >= 0 && distance <= reach[s]) keys[seen++] = (const char *)window + (b * T + t) * D * size;
@@ -459,18 +409,17 @@ void fathom_attention(const float *q, const void *window, const void *entries, i
                 }
             else if (entries)
                 for (long m = first[s]; m < first[s] + count[s]; m++) keys[seen++] = row + m * D * size;
-            float top = sink[h], sum = 0;
-            for (long j = 0; j < seen; j++) {
-                score[j] = scale * (bf16 ? dot_bf16((const uint16_t *)keys[j], q + i * D, D) : dot_float((const float *)keys[j], q + i * D, D));
-                top = score[j] > top ? score[j] : top;
+            score_keys(q + (s * H + h) * D, keys, seen, bf16, n, D, scale, score);
+            for (long head = 0; head < n; head++) {
+                float *own = score + head * seen, top = sink[h + head];
+                long j = 0;
+                lanes tops = {0};
+                for (tops += top; j + LANES <= seen; j += LANES) tops = larger(tops, load(own + j));
+                for (top = largest_of(tops); j < seen; j++) top = own[j] > top ? own[j] : top;
+                float sum = exponentials(own, seen, top) + expf(sink[h + head] - top);
+                for (j = 0; j < seen; j++) own[j] /= sum;
             }
-            for (long j = 0; j < seen; j++) sum += score[j] = expf(score[j] - top);
-            sum += expf(sink[h] - top);
-            memset(out + i * D, 0, D * sizeof(float));
-            for (long j = 0; j < seen; j++) {
-                if (bf16) add_bf16(out + i * D, score[j] / sum, (const uint16_t *)keys[j], D);
-                else add_float(out + i * D, score[j] / sum, (const float *)keys[j], D);
-            }
+            mix_keys(keys, seen, bf16, n, D, score, out + (s * H + h) * D);
         }
         free(keys);
         free(score);

@@ -1,4 +1,4 @@
-"""Compiles kernels.c once for this machine, loads it, and says which tensors its kernels take.
+"""Compiles the C files beside it once for this machine, loads it, and says which tensors its kernels take.
 
 The compiled file lies in the user's cache (`XDG_CACHE_HOME`, else ~/.cache) under a name made of all that went into it. FATHOM_NATIVE=0 does without, and so
 does a machine without a C compiler.
@@ -19,16 +19,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fathom.ops.linear import Matrix
+from fathom.ops.linear import Layer, Matrix, Projection
 from fathom.quant.formats import E4M3, E8M0, Packed
+from fathom.quant.rounding import EXACT, ReleasedRounding, Rounding
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _FLAGS = ["-O3", "-march=native", "-fPIC"]
-_PLAIN, _DTYPES = (Tensor, nn.Parameter), (torch.float32, torch.bfloat16)
+_PLAIN = (Tensor, nn.Parameter)
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = {(E4M3, torch.float32): 2, (torch.int8, torch.float32): 3, (E4M3, E8M0): 6, (torch.int8, E8M0): 7}
+ROUNDS = 8  # in a matrix's kind: its inputs are rounded
 _SHARED_WORK = 1 << 16  # numbers that are read: below it, one thread has done before a second one has begun
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_PROJECTION = [_P, _P, _I]
+_ERRORS = ("experts_in", "route")  # kernels that may refuse, and say so
 _ARGUMENTS = {
     "linear": [_P, _P, _I, _L, _L, _P, _L, _L, _P, _P, _I],
     "rms_normalise": [_P, _I, _P, _L, _L, _F, _P, _I],
@@ -40,6 +44,18 @@ _ARGUMENTS = {
     "streams_out": [_P, _P, _I, _P, _P, _L, _L, _L, _P, _I],
     "attention": [*[_P] * 3, _I, *[_P] * 7, *[_L] * 8, _P, _I],
     "index_topk": [*[_P] * 3, _I, _P, _P, *[_L] * 6, *[_P] * 3, _I],
+    "low_rank_queries": [_P, _I, *_PROJECTION, _P, *_PROJECTION, _P, *[_L] * 6, _F, _P, _P, _I],
+    "index_queries": [_P, _I, *_PROJECTION, _P, *[_L] * 5, _I, _P, _I],
+    "shared_key": [_P, _I, *_PROJECTION, _P, _P, *[_L] * 4, _F, _I, _P, _I],
+    "join_heads": [_P, _I, _P, *_PROJECTION, *_PROJECTION, *[_L] * 7, _P, _I],
+    "compressor_inputs": [_P, _I, *_PROJECTION, *_PROJECTION, _P, _P, *[_L] * 4, _P, _I],
+    "swiglu_expert": [_P, _I, *_PROJECTION * 3, *[_L] * 3, _F, _P, _I],
+    "route": [_P, _I, _P, _P, _I, *[_L] * 4, _F, _P, _P, _P, _I],
+    "pack_entries": [_P, _I, *[_L] * 4, _P],
+    "unpack_entries": [_P, *[_L] * 6, _I, _P, _I],
+    "pack_keys": [_P, _I, *[_L] * 3, _P],
+    "unpack_keys": [_P, *[_L] * 5, _I, _P, _I],
+    "open_streams": [_P, _I, *[_P] * 3, *[_L] * 4, _F, _F, *[_P] * 4, _I],
 }
 
 
@@ -51,7 +67,7 @@ def library() -> ctypes.CDLL | None:
         return None
     openmp = _openmp()
     flags = [*_FLAGS, *(["-fopenmp"] if openmp else [])]
-    made_of = [_SOURCE.read_bytes(), repr([compiler, *flags]).encode(), _processor()]
+    made_of = [*(source.read_bytes() for source in _SOURCES), repr([compiler, *flags]).encode(), _processor()]
     name = f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
     try:
         if openmp:
@@ -61,7 +77,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for kernel_name, arguments in _ARGUMENTS.items():
         kernel = getattr(found, f"fathom_{kernel_name}")
-        kernel.argtypes, kernel.restype = arguments, _I if kernel_name == "experts_in" else None
+        kernel.argtypes, kernel.restype = arguments, _I if kernel_name in _ERRORS else None
     return found
 
 
@@ -77,7 +93,7 @@ def _made(compiler: str, flags: list[str], name: str) -> Path:
         folder = work = Path(tempfile.mkdtemp())
     try:
         # Linked in a call of its own, without -fopenmp, which would bring a second set of threads.
-        for command in ([*flags, "-c", str(_SOURCE), "-o", str(work / "kernels.o")], ["-shared", str(work / "kernels.o"), "-o", str(work / name), "-lm"]):
+        for command in ([*flags, "-c", str(Path(__file__).with_name("library.c")), "-o", str(work / "kernels.o")], ["-shared", str(work / "kernels.o"), "-o", str(work / name), "-lm"]):
             subprocess.run([compiler, *command], check=True, capture_output=True, timeout=120)
         os.replace(work / name, folder / name)  # no other process finds half a file
     finally:
@@ -104,16 +120,50 @@ def _processor() -> bytes:
 
 def runs(*tensors: Tensor) -> bool:
     """Whether kernels take these tensors [...]: plain ones of float32 or bfloat16 on the CPU while no gradients are recorded."""
-    return (not torch.is_grad_enabled() and all(type(x) in _PLAIN and x.is_cpu and x.dtype in _DTYPES for x in tensors)
-            and library() is not None)
+    for x in tensors:
+        if type(x) not in _PLAIN or x.dtype not in _NUMBERS or not x.is_cpu:
+            return False
+    return not torch.is_grad_enabled() and library() is not None
 
 
 def reads(*matrices: Matrix) -> bool:
     """Whether kernels read these matrices [..., O, I], all in one format."""
-    parts = [part for matrix in matrices for part in ((matrix.codes, matrix.scale) if isinstance(matrix, Packed) else (matrix,))]
     kind = kind_of(matrices[0])
-    return (kind is not None and all(type(part) in _PLAIN and part.is_cpu and part.is_contiguous() for part in parts)
-            and all(kind_of(matrix) == kind for matrix in matrices))
+    for matrix in matrices:
+        for part in (matrix.codes, matrix.scale) if isinstance(matrix, Packed) else (matrix,):
+            if type(part) not in _PLAIN or not part.is_cpu or not part.is_contiguous():
+                return False
+        if kind is None or kind_of(matrix) != kind:
+            return False
+    return True
+
+
+def plain(*layers: Layer) -> list | None:
+    """What the layers are (Projection, Norm), if all are no more than that."""
+    found = [getattr(layer, "plain", None) for layer in layers]
+    return None if None in found else found
+
+
+def projects(x: Tensor, *projections: Projection, in_float32: bool = False) -> bool:
+    """Whether kernels take x [..., I] and these projections of it, or of what comes of it, computed in its dtype or in float32."""
+    for projection in projections:
+        matrix = projection.matrix
+        if not reads(matrix) or len(matrix.shape) != 2 or not known(projection.rounding) or projection.in_float32 != in_float32:
+            return False
+        if not isinstance(matrix, Packed) and matrix.dtype is not (torch.float32 if in_float32 else x.dtype):
+            return False
+    return runs(x)
+
+
+def known(rounding: Rounding) -> bool:
+    """Whether kernels round like this."""
+    return rounding is EXACT or type(rounding) is ReleasedRounding
+
+
+def used(projection: Projection) -> tuple[int, int | None, int]:
+    """A projection as kernels are told of it: its places, its kind."""
+    kind = kind_of(projection.matrix)
+    return *places(projection.matrix), kind if projection.rounding is EXACT else kind | ROUNDS
 
 
 def kind_of(matrix: Matrix) -> int | None:

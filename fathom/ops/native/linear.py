@@ -10,15 +10,21 @@ from fathom.ops.native.library import kind_of, library, places, reads, ready, ru
 from fathom.quant.formats import Packed
 
 _ROWS = {torch.float32: 8, torch.bfloat16: 4}  # by the matrix's dtype: with more rows, oneDNN's blocks of them are faster
-_PACKED_ROWS = 32
+_PACKED_ROWS, _SMALL_ROWS = 32, 64
+_SMALL = 1 << 21  # multiplications: of so few, starting another product costs more than it gains
 _BLOCK = 16  # rows of a matrix that a thread takes together
 _MATRIX = 1 << 12  # numbers: below it, torch's own call is as fast
 
 
+def most_rows(weight: Matrix) -> int:
+    """How many rows at most are multiplied with a matrix here."""
+    least = _PACKED_ROWS if isinstance(weight, Packed) else _ROWS.get(weight.dtype, 0)
+    return max(least, min(_SMALL_ROWS, _SMALL // max(1, math.prod(weight.shape)))) if least else 0
+
+
 def _few(x: Tensor, weight: Matrix, row: int) -> bool:
     """Whether there are few rows, of x that fits the matrix: what does not is left to torch, which says so."""
-    most = _PACKED_ROWS if isinstance(weight, Packed) else _ROWS.get(weight.dtype, 0)
-    return (0 < x.numel() <= most * row and len(weight.shape) == 2 and x.shape[-1] == weight.shape[1] and math.prod(weight.shape) >= _MATRIX
+    return (0 < x.numel() <= most_rows(weight) * row and len(weight.shape) == 2 and x.shape[-1] == weight.shape[1] and math.prod(weight.shape) >= _MATRIX
             and runs(x) and reads(weight))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fathom.ops.native.library import library, ready, runs, threads
-from fathom.ops.streams import stream_coefficients, streams_in, streams_out
+from fathom.ops.streams import open_streams, stream_coefficients, streams_in, streams_out
 
 _TOKENS = 64  # whose coefficients are made here: for more, a product for all of them is faster
 
@@ -46,3 +46,16 @@ def streams_out_native(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN
     library().fathom_streams_out(x.data_ptr(), y.data_ptr(), x.dtype is torch.bfloat16, post.data_ptr(), res.data_ptr(), B * S, N, W,
                                  out_BSNW.data_ptr(), threads(x.numel()))
     return out_BSNW
+
+
+@open_streams.register("native", supports=_few)
+def open_streams_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
+                        norm_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`open_streams` for few tokens."""
+    (B, S, N, W), x = X_BSNW.shape, X_BSNW.contiguous()
+    fn, base, scale_3 = ready(fn), ready(base), ready(scale_3)
+    out_BSW, pre_BSN, post_BSN, res_BSNN = x.new_empty(B, S, W), torch.empty(B, S, N), torch.empty(B, S, N), torch.empty(B, S, N, N)
+    library().fathom_open_streams(
+        x.data_ptr(), x.dtype is torch.bfloat16, fn.data_ptr(), base.data_ptr(), scale_3.data_ptr(), B * S, N, W, iterations, eps, norm_eps,
+        out_BSW.data_ptr(), pre_BSN.data_ptr(), post_BSN.data_ptr(), res_BSNN.data_ptr(), torch.get_num_threads())
+    return out_BSW, pre_BSN, post_BSN, res_BSNN

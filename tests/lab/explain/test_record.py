@@ -53,7 +53,7 @@ def test_recording_leaves_the_answer_and_the_model_as_they_are(model, tokens, se
         logits = model(torch.tensor([tokens])).logits[0]
     assert torch.equal(seen.logits_SV, logits)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    for operator in (ops.attention, ops.stream_coefficients, ops.collapse_coefficients):
+    for operator in (ops.attention, ops.open_streams, ops.collapse_coefficients):
         assert "observed" not in operator.implementations
 
 
