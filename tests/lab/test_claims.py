@@ -27,6 +27,7 @@ from fathom.model.hyper_connections import HyperConnection
 from fathom.model.transformer import Transformer
 from fathom.recipe import load
 from fathom.train.pretrain import Pretrain
+from fathom.train.watch import Watch
 from tests.models import random_model, random_tokens, small_config
 from tests.runs import command, environment, fathom, micro_recipe
 
@@ -171,6 +172,10 @@ def test_routers_and_dense_layers_take_their_place():
     assert [type(block.moe) is early_layers.DenseFeedForward for block in model.blocks] == [True, False]
     width = model.blocks[0].moe.shared.up.weight.shape[0]
     assert width == (config.num_experts_per_tok + 1) * config.moe_intermediate_size
+    watch = Watch(model.initialise(0), 1)
+    with watch.forward(1):  # as a training run looks at its model
+        model(random_tokens(config, 1, 20))
+    assert len(watch._found["router_entropy"]) == 1 and len(watch._found["stream_rms"]) == 2
 
 
 def test_rows_without_masks_are_one_document():
