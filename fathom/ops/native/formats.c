@@ -70,8 +70,8 @@ static inline void put(const float *numbers, long length, void *out, int bf16, l
 }
 
 /* A matrix [O, I], or several: its numbers and, where they are codes, their scales (fathom/quant/formats.py): for FP8 one for 128 x 128
-   numbers, for FP4 one for 32 of a row. `kind` is a format and,
-   with 4, says that scales are e8m0 rather than floats; with ROUNDS, that what is multiplied with it is rounded to FP8 first. */
+   numbers, for FP4 one for 32 of a row. `kind` is a format and, with 4, says that
+   scales are e8m0 rather than floats; with ROUNDS, that what is multiplied with it is rounded to FP8 first. */
 typedef struct {
     const char *numbers, *scale;
     int kind;
