@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports only from lower floors, or from its own room.
 FLOORS = {
-    "errors": 0, "config": 1, "recipe": 1, "files": 1, "signals": 1, "cluster": 1, "accounting": 2, "text": 2, "quant": 2, "ops": 3, "model": 4,
+    "errors": 0, "config": 1, "recipe": 1, "files": 1, "signals": 1, "memory": 1, "cluster": 1, "accounting": 2, "text": 2, "quant": 2, "ops": 3, "model": 4,
     "checkpoint": 5, "optim": 5, "data": 5, "engine": 6, "evals": 7, "train": 8, "align": 9, "server": 10, "lab": 10,
     "cli": 11}
 LAZY = ("fathom", "cli")  # the package itself and a room: may import inside functions, so that `import fathom` and `fathom --help` are instant

@@ -27,6 +27,7 @@ from fathom.checkpoint.training import (
 from fathom.data.packing import Batch
 from fathom.errors import FathomError, RecipeError
 from fathom.files import alone_in
+from fathom.memory import keep_freed_memory
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
 from fathom.optim.schedules import Attention
@@ -92,6 +93,7 @@ def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Op
     """
     guard, tracking = guard or Guard(Stability(enabled=False)), tracking or Tracking()
     watch = Watch(model, tracking.layers_every if ranks.one_pass else 0)
+    keep_freed_memory()
 
     def save(done: int) -> None:
         began = time.monotonic()

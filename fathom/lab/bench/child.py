@@ -12,6 +12,7 @@ from fathom.engine.engine import dtype_of
 from fathom.engine.settings import EngineSettings
 from fathom.lab.bench.measure import measure, serve
 from fathom.lab.bench.plan import Case
+from fathom.memory import keep_freed_memory
 from fathom.model.cache import Cache
 from fathom.model.transformer import Transformer
 from fathom.ops import IGNORE
@@ -47,6 +48,7 @@ class Fathom:
     def train(self, token_BS: Tensor) -> None:
         """A step as in pre-training after its dense start: losses, gradients, clipping, Muon and AdamW, router biases."""
         if self.optimizer is None:
+            keep_freed_memory()
             self.model.train()
             self.optimizer = Optimizer(self.model.named_parameters(), self.model.config, Muon(), AdamW())
         self.optimizer.zero_grad()

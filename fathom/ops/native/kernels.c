@@ -4,6 +4,8 @@
    its length alone: neither the threads nor the other tokens of a call show in a bit of the result. Everything is contiguous, sums are
    in float32; `bf16` says that numbers are bfloat16. The Python files beside this one say what is computed. */
 
+#define ALWAYS static inline __attribute__((always_inline)) /* for what is known while compiling */
+
 #if defined(__clang__) || __GNUC__ >= 12
 #define MOVED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #else
@@ -312,13 +314,35 @@ static inline void add(float *sum, float factor, const void *numbers, int bf16, 
     else add_float(sum, factor, (const float *)numbers + index, length);
 }
 
+/* sum_n factor[n step] rows[n] of N rows [W] -> out. */
+ALWAYS void weigh(const float *rows, long N, const float *factor, long step, long W, float *out) {
+    long w = 0;
+    for (; w + LANES <= W; w += LANES) {
+        lanes sum = factor[0] * load(rows + w);
+        for (long n = 1; n < N; n++) sum += factor[n * step] * load(rows + n * W + w);
+        *(lanes *)(out + w) = sum;
+    }
+    for (; w < W; w++) {
+        float sum = factor[0] * rows[w];
+        for (long n = 1; n < N; n++) sum += factor[n * step] * rows[n * W + w];
+        out[w] = sum;
+    }
+}
+
+static inline void weigh_any(const void *rows, int bf16, long index, long N, const float *factor, long step, long W, float *out) {
+    if (!bf16 && N == 4) weigh((const float *)rows + index, 4, factor, step, W, out);
+    else {
+        memset(out, 0, W * sizeof(float));
+        for (long n = 0; n < N; n++) add(out, factor[n * step], rows, bf16, index + n * W, W);
+    }
+}
+
 /* sum_n pre_n x_n [T, W] of x [T, N, W] (eq. 1). */
 void fathom_streams_in(const void *x, int bf16, const float *pre, long T, long N, long W, void *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long t = 0; t < T; t++) {
         float sum[W];
-        memset(sum, 0, sizeof sum);
-        for (long n = 0; n < N; n++) add(sum, pre[t * N + n], x, bf16, (t * N + n) * W, W);
+        weigh_any(x, bf16, t * N * W, N, pre + t * N, 1, W, sum);
         put(sum, W, out, bf16, t * W);
     }
 }
@@ -330,8 +354,7 @@ void fathom_streams_out(const void *x, const void *y, int bf16, const float *pos
     for (long t = 0; t < T; t++)
         for (long k = 0; k < N; k++) {
             float sum[W];
-            memset(sum, 0, sizeof sum);
-            for (long j = 0; j < N; j++) add(sum, res[(t * N + j) * N + k], x, bf16, (t * N + j) * W, W);
+            weigh_any(x, bf16, t * N * W, N, res + t * N * N + k, N, W, sum);
             add(sum, post[t * N + k], y, bf16, t * W, W);
             put(sum, W, out, bf16, (t * N + k) * W);
         }

@@ -3,4 +3,5 @@
 #include "formats.c"
 #include "kernels.c"
 #include "fused.c"
+#include "streams.c"
 #include "records.c"

@@ -56,6 +56,10 @@ _ARGUMENTS = {
     "pack_keys": [_P, _I, *[_L] * 3, _P],
     "unpack_keys": [_P, *[_L] * 5, _I, _P, _I],
     "open_streams": [_P, _I, *[_P] * 3, *[_L] * 4, _F, _F, *[_P] * 4, _I],
+    "streams_opened": [*[_P] * 4, *[_L] * 4, _F, _F, *[_P] * 5, _I],
+    "streams_opened_backward": [*[_P] * 9, *[_L] * 4, _F, *[_P] * 3, _I],
+    "streams_in_backward": [*[_P] * 4, *[_L] * 3, _P, _P, _I],
+    "streams_out_backward": [*[_P] * 5, *[_L] * 3, *[_P] * 4, _I],
 }
 
 
@@ -124,6 +128,14 @@ def runs(*tensors: Tensor) -> bool:
         if type(x) not in _PLAIN or x.dtype not in _NUMBERS or not x.is_cpu:
             return False
     return not torch.is_grad_enabled() and library() is not None
+
+
+def trains(*tensors: Tensor) -> bool:
+    """Whether kernels with gradients take these tensors [...]: plain ones of float32 on the CPU while gradients are recorded."""
+    for x in tensors:
+        if type(x) not in _PLAIN or x.dtype is not torch.float32 or not x.is_cpu:
+            return False
+    return torch.is_grad_enabled() and library() is not None
 
 
 def reads(*matrices: Matrix) -> bool:

@@ -1,17 +1,28 @@
-"""Hyper-connections (report 2.2): coefficients of a few tokens, a thousand small operations of torch for one of them, and mixing in one pass."""
+"""Hyper-connections (report 2.2): in one pass over each token's numbers, for a few tokens, a thousand small operations of torch for one of them, and in
+training.
+
+Of many tokens the product with `fn` is left to oneDNN, and so are the two of its gradients.
+"""
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fathom.ops.native.library import library, ready, runs, threads
+from fathom.ops.cpu.products import times
+from fathom.ops.native.library import library, ready, runs, threads, trains
 from fathom.ops.streams import open_streams, stream_coefficients, streams_in, streams_out
 
 _TOKENS = 64  # whose coefficients are made here: for more, a product for all of them is faster
+_KEPT = 1 << 12  # numbers of the Sinkhorn steps of a token that fit a thread's stack, sixteen tokens at a time
+
+
+def _fits(X_BSNW: Tensor, fn: Tensor) -> bool:
+    B, S, N, W = X_BSNW.shape
+    return X_BSNW.numel() > 0 and N <= 16 and fn.shape == ((2 + N) * N, N * W)
 
 
 def _few(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, *others: float) -> bool:
-    B, S, N, W = X_BSNW.shape
-    return 0 < B * S <= _TOKENS and N <= 16 and fn.shape == ((2 + N) * N, N * W) and runs(X_BSNW, fn, base, scale_3)
+    return _fits(X_BSNW, fn) and X_BSNW.shape[0] * X_BSNW.shape[1] <= _TOKENS and runs(X_BSNW, fn, base, scale_3)
 
 
 @stream_coefficients.register("native", supports=_few)
@@ -27,19 +38,56 @@ def stream_coefficients_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3
     return pre_BSN, post_BSN, res_BSNN
 
 
-@streams_in.register("native", supports=lambda X_BSNW, pre_BSN: X_BSNW.numel() > 0 and runs(X_BSNW, pre_BSN))
+def _taken(*tensors: Tensor) -> bool:
+    return tensors[0].numel() > 0 and (runs(*tensors) or trains(*tensors))
+
+
+@streams_in.register("native", supports=_taken)
 def streams_in_native(X_BSNW: Tensor, pre_BSN: Tensor) -> Tensor:
-    """`streams_in` without gradients."""
+    """`streams_in`."""
+    return _StreamsIn.apply(X_BSNW, pre_BSN) if torch.is_grad_enabled() else _streams_in(X_BSNW, pre_BSN)
+
+
+@streams_out.register("native", supports=lambda X_BSNW, y_BSW, post_BSN, res_BSNN: (
+    X_BSNW.dtype is y_BSW.dtype and _taken(X_BSNW, y_BSW, post_BSN, res_BSNN)))
+def streams_out_native(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: Tensor) -> Tensor:
+    """`streams_out`."""
+    function = _StreamsOut.apply if torch.is_grad_enabled() else _streams_out
+    return function(X_BSNW, y_BSW, post_BSN, res_BSNN)
+
+
+def _opens(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float, norm_eps: float) -> bool:
+    if _few(X_BSNW, fn, base, scale_3):
+        return True
+    small = iterations >= 1 and iterations * X_BSNW.shape[2]**2 <= _KEPT and eps > 0
+    return small and _fits(X_BSNW, fn) and (trains(X_BSNW, fn, base, scale_3) or X_BSNW.dtype is torch.float32 and runs(X_BSNW, fn, base, scale_3))
+
+
+@open_streams.register("native", supports=_opens)
+def open_streams_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
+                        norm_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`open_streams`: of few tokens without gradients in one call of C, else between products of oneDNN."""
+    if torch.is_grad_enabled():
+        return _OpenStreams.apply(X_BSNW, fn, base, scale_3, iterations, eps, norm_eps)
+    if not _few(X_BSNW, fn, base, scale_3):
+        return _opened(X_BSNW.contiguous(), ready(fn), ready(base), ready(scale_3), iterations, eps, norm_eps)[:4]
+    (B, S, N, W), x = X_BSNW.shape, X_BSNW.contiguous()
+    fn, base, scale_3 = ready(fn), ready(base), ready(scale_3)
+    out_BSW, pre_BSN, post_BSN, res_BSNN = x.new_empty(B, S, W), torch.empty(B, S, N), torch.empty(B, S, N), torch.empty(B, S, N, N)
+    library().fathom_open_streams(
+        x.data_ptr(), x.dtype is torch.bfloat16, fn.data_ptr(), base.data_ptr(), scale_3.data_ptr(), B * S, N, W, iterations, eps, norm_eps,
+        out_BSW.data_ptr(), pre_BSN.data_ptr(), post_BSN.data_ptr(), res_BSNN.data_ptr(), torch.get_num_threads())
+    return out_BSW, pre_BSN, post_BSN, res_BSNN
+
+
+def _streams_in(X_BSNW: Tensor, pre_BSN: Tensor) -> Tensor:
     B, S, N, W = X_BSNW.shape
     x, pre, out_BSW = X_BSNW.contiguous(), ready(pre_BSN), torch.empty(B, S, W, dtype=X_BSNW.dtype)
     library().fathom_streams_in(x.data_ptr(), x.dtype is torch.bfloat16, pre.data_ptr(), B * S, N, W, out_BSW.data_ptr(), threads(x.numel()))
     return out_BSW
 
 
-@streams_out.register("native", supports=lambda X_BSNW, y_BSW, post_BSN, res_BSNN: (
-    X_BSNW.numel() > 0 and X_BSNW.dtype is y_BSW.dtype and runs(X_BSNW, y_BSW, post_BSN, res_BSNN)))
-def streams_out_native(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: Tensor) -> Tensor:
-    """`streams_out` without gradients."""
+def _streams_out(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: Tensor) -> Tensor:
     B, S, N, W = X_BSNW.shape
     x, y, post, res = X_BSNW.contiguous(), y_BSW.contiguous(), ready(post_BSN), ready(res_BSNN)
     out_BSNW = torch.empty_like(x)
@@ -48,14 +96,73 @@ def streams_out_native(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN
     return out_BSNW
 
 
-@open_streams.register("native", supports=_few)
-def open_streams_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
-                        norm_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`open_streams` for few tokens."""
-    (B, S, N, W), x = X_BSNW.shape, X_BSNW.contiguous()
-    fn, base, scale_3 = ready(fn), ready(base), ready(scale_3)
-    out_BSW, pre_BSN, post_BSN, res_BSNN = x.new_empty(B, S, W), torch.empty(B, S, N), torch.empty(B, S, N), torch.empty(B, S, N, N)
-    library().fathom_open_streams(
-        x.data_ptr(), x.dtype is torch.bfloat16, fn.data_ptr(), base.data_ptr(), scale_3.data_ptr(), B * S, N, W, iterations, eps, norm_eps,
-        out_BSW.data_ptr(), pre_BSN.data_ptr(), post_BSN.data_ptr(), res_BSNN.data_ptr(), torch.get_num_threads())
-    return out_BSW, pre_BSN, post_BSN, res_BSNN
+def _opened(x_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float, norm_eps: float) -> tuple[Tensor, ...]:
+    """A sublayer's input [B, S, W], pre, post and res, and for the backward pass the products with fn [T, R] and the inverse RMS [T]."""
+    (B, S, N, W), T = x_BSNW.shape, x_BSNW.shape[0] * x_BSNW.shape[1]
+    mix_TR, inverse_rms_T = times(x_BSNW.view(T, N * W), fn), torch.empty(T)
+    out_BSW, pre_BSN, post_BSN, res_BSNN = (torch.empty(B, S, *shape) for shape in ((W,), (N,), (N,), (N, N)))
+    library().fathom_streams_opened(
+        x_BSNW.data_ptr(), mix_TR.data_ptr(), base.data_ptr(), scale_3.data_ptr(), T, N, W, iterations, eps, norm_eps, inverse_rms_T.data_ptr(),
+        out_BSW.data_ptr(), pre_BSN.data_ptr(), post_BSN.data_ptr(), res_BSNN.data_ptr(), threads(x_BSNW.numel()))
+    return out_BSW, pre_BSN, post_BSN, res_BSNN, mix_TR, inverse_rms_T
+
+
+class _OpenStreams(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
+                norm_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, fn, base, scale_3 = X_BSNW.contiguous(), fn.contiguous(), base.contiguous(), scale_3.contiguous()
+        *outputs, mix_TR, inverse_rms_T = _opened(x, fn, base, scale_3, iterations, eps, norm_eps)
+        ctx.save_for_backward(x, fn, base, scale_3, mix_TR, inverse_rms_T, outputs[1])
+        ctx.iterations, ctx.eps = iterations, eps
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, fn, base, scale_3, mix_TR, inverse_rms_T, pre_BSN = ctx.saved_tensors
+        grad_BSW, pre_grad_BSN, post_grad_BSN, res_grad_BSNN = (grad.contiguous() for grad in grads)
+        (B, S, N, W), (T, R) = x.shape, mix_TR.shape
+        logits_grad_TR, mix_grad_TR, radial_T = torch.empty(T, R), torch.empty(T, R), torch.empty(T)
+        library().fathom_streams_opened_backward(
+            x.data_ptr(), mix_TR.data_ptr(), inverse_rms_T.data_ptr(), base.data_ptr(), scale_3.data_ptr(), grad_BSW.data_ptr(),
+            pre_grad_BSN.data_ptr(), post_grad_BSN.data_ptr(), res_grad_BSNN.data_ptr(), T, N, W, ctx.iterations, ctx.eps,
+            logits_grad_TR.data_ptr(), mix_grad_TR.data_ptr(), radial_T.data_ptr(), threads(x.numel()))
+        x_grad_TI = times(mix_grad_TR, fn.T)
+        library().fathom_streams_in_backward(x.data_ptr(), pre_BSN.data_ptr(), radial_T.data_ptr(), grad_BSW.data_ptr(), T, N, W,
+                                             x_grad_TI.data_ptr(), None, threads(x.numel()))
+        along_R = (logits_grad_TR * mix_TR).mul_(inverse_rms_T[:, None]).sum(0)
+        scale_grad_3 = torch.stack([part.sum() for part in along_R.split([N, N, N * N])])
+        return (x_grad_TI.view_as(x), times(mix_grad_TR.T, x.view(T, N * W).T), logits_grad_TR.sum(0), scale_grad_3, *[None] * 3)
+
+
+class _StreamsIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, X_BSNW: Tensor, pre_BSN: Tensor) -> Tensor:
+        ctx.save_for_backward(X_BSNW, pre_BSN)
+        return _streams_in(X_BSNW, pre_BSN)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BSW: Tensor) -> tuple[Tensor, Tensor]:
+        (x, pre), grad, (B, S, N, W) = (each.contiguous() for each in ctx.saved_tensors), grad_BSW.contiguous(), ctx.saved_tensors[0].shape
+        x_grad_BSNW, pre_grad_BSN = torch.empty_like(x), torch.empty_like(pre)
+        library().fathom_streams_in_backward(x.data_ptr(), pre.data_ptr(), None, grad.data_ptr(), B * S, N, W, x_grad_BSNW.data_ptr(),
+                                             pre_grad_BSN.data_ptr(), threads(x.numel()))
+        return x_grad_BSNW, pre_grad_BSN
+
+
+class _StreamsOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: Tensor) -> Tensor:
+        ctx.save_for_backward(X_BSNW, y_BSW, post_BSN, res_BSNN)
+        return _streams_out(X_BSNW, y_BSW, post_BSN, res_BSNN)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BSNW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, y, post, res, grad = (each.contiguous() for each in (*ctx.saved_tensors, grad_BSNW))
+        (B, S, N, W), grads = x.shape, [torch.empty_like(each) for each in (x, y, post, res)]
+        library().fathom_streams_out_backward(*(each.data_ptr() for each in (x, y, post, res, grad)), B * S, N, W,
+                                              *(each.data_ptr() for each in grads), threads(x.numel()))
+        return tuple(grads)

@@ -1,0 +1,193 @@
+/* Hyper-connections in training (report 2.2, eq. 1-8): streams opened, closed and differentiated in one pass over each token's numbers.
+
+   x [T, N, W] are the streams. Sixteen tokens lie side by side in the lanes of a vector, so that the twenty rounds of Sinkhorn's divisions are
+   additions and products of whole vectors; a lane never sees its neighbours. */
+
+/* row . rows[n] of N rows [W] -> out [N]. */
+ALWAYS void project_on(const float *row, const float *rows, long N, long W, float *out) {
+    if (N == 4) dot_float_4(row, rows, W, W, out);
+    else
+        for (long n = 0; n < N; n++) out[n] = dot_float(row, rows + n * W, W);
+}
+
+static inline lanes gate(lanes x) { return 1 / (1 + exponential(-x)); }
+
+/* Sinkhorn's step number `step` divides by the sums of columns (even) or of rows: which sum a number (i, j) belongs to. */
+#define SUM_OF(step, i, j) ((step) % 2 ? (i) : (j))
+
+ALWAYS void sums_of(const lanes *matrix, long N, long step, lanes *sums) {
+    for (long i = 0; i < N; i++) sums[i] = (lanes){0};
+    for (long i = 0; i < N; i++)
+        for (long j = 0; j < N; j++) sums[SUM_OF(step, i, j)] += matrix[i * N + j];
+}
+
+/* The softmax of each row of the logits [N, N], and after it what every step leaves: [2 iterations, N, N]; the last one is the result. */
+ALWAYS void sinkhorn(const lanes *logits, long N, long iterations, float eps, lanes *softmax, lanes *kept) {
+    for (long i = 0; i < N; i++) {
+        lanes most = logits[i * N], sum = {0};
+        for (long j = 1; j < N; j++) most = larger(most, logits[i * N + j]);
+        for (long j = 0; j < N; j++) sum += softmax[i * N + j] = exponential(logits[i * N + j] - most);
+        for (long j = 0; j < N; j++) kept[i * N + j] = (softmax[i * N + j] /= sum) + eps;
+    }
+    for (long step = 0; step < 2 * iterations - 1; step++) {
+        const lanes *before = kept + step * N * N;
+        lanes *after = kept + (step + 1) * N * N, sums[N];
+        sums_of(before, N, step, sums);
+        for (long i = 0; i < N; i++) sums[i] = 1 / (sums[i] + eps);
+        for (long i = 0; i < N; i++)
+            for (long j = 0; j < N; j++) after[i * N + j] = before[i * N + j] * sums[SUM_OF(step, i, j)];
+    }
+}
+
+/* The gradient of the result becomes that of the logits. With g = y dy, the gradient with respect to log y of y = x / (sum x + eps), a step
+   backwards is g <- g - y sum g. */
+ALWAYS void sinkhorn_backward(lanes *grad, long N, long iterations, const lanes *softmax, const lanes *kept) {
+    lanes sums[N];
+    for (long r = 0; r < N * N; r++) grad[r] *= kept[(2 * iterations - 1) * N * N + r];
+    for (long step = 2 * iterations - 2; step >= 0; step--) {
+        const lanes *after = kept + (step + 1) * N * N;
+        sums_of(grad, N, step, sums);
+        for (long i = 0; i < N; i++)
+            for (long j = 0; j < N; j++) grad[i * N + j] -= after[i * N + j] * sums[SUM_OF(step, i, j)];
+    }
+    for (long r = 0; r < N * N; r++) grad[r] *= softmax[r] / kept[r]; /* from log(softmax + eps) to log softmax */
+    sums_of(grad, N, 1, sums);
+    for (long i = 0; i < N; i++)
+        for (long j = 0; j < N; j++) grad[i * N + j] -= softmax[i * N + j] * sums[i];
+}
+
+/* Of 16 tokens from the t-th on, as far as there are so many: the products [T, R] over their RMS, and the logits made of them [R]. */
+ALWAYS void logits_of(const float *mix, const float *inverse_rms, const float *base, const float *scale, long T, long t, long N,
+                             lanes *normed, lanes *logits) {
+    long R = (2 + N) * N;
+    for (long r = 0; r < R; r++) {
+        float column[LANES] = {0};
+        for (long i = 0; i < LANES && t + i < T; i++) column[i] = mix[(t + i) * R + r] * inverse_rms[t + i];
+        normed[r] = load(column);
+        logits[r] = normed[r] * scale[r < N ? 0 : r < 2 * N ? 1 : 2] + base[r];
+    }
+}
+
+/* Rows [count] of lanes -> out [T, count], the tokens from the t-th on. */
+ALWAYS void spread(const lanes *rows, long count, long T, long t, float *out) {
+    for (long r = 0; r < count; r++)
+        for (long i = 0; i < LANES && t + i < T; i++) out[(t + i) * count + r] = rows[r][i];
+}
+
+ALWAYS void gather(const float *numbers, long count, long T, long t, lanes *rows) {
+    for (long r = 0; r < count; r++) {
+        float column[LANES] = {0};
+        for (long i = 0; i < LANES && t + i < T; i++) column[i] = numbers[(t + i) * count + r];
+        rows[r] = load(column);
+    }
+}
+
+ALWAYS void open_sixteen(const float *x, const float *mix, const float *base, const float *scale, long T, long t, long N, long W,
+                                long iterations, float eps, float norm_eps, float *inverse_rms, float *out, float *pre, float *post, float *res) {
+    long R = (2 + N) * N, last = t + LANES < T ? t + LANES : T;
+    lanes normed[R], logits[R], softmax[N * N], kept[2 * iterations * N * N];
+    for (long i = t; i < last; i++) inverse_rms[i] = 1 / sqrtf(dot_float(x + i * N * W, x + i * N * W, N * W) / (N * W) + norm_eps);
+    logits_of(mix, inverse_rms, base, scale, T, t, N, normed, logits);
+    sinkhorn(logits + 2 * N, N, iterations, eps, softmax, kept);
+    spread(kept + (2 * iterations - 1) * N * N, N * N, T, t, res);
+    for (long n = 0; n < 2 * N; n++) logits[n] = n < N ? gate(logits[n]) + eps : 2 * gate(logits[n]);
+    spread(logits, N, T, t, pre);
+    spread(logits + N, N, T, t, post);
+    for (long i = t; i < last; i++) weigh(x + i * N * W, N, pre + i * N, 1, W, out + i * W);
+}
+
+/* From mix [T, R], the streams' products with fn: inverse_rms [T], a sublayer's input [T, W], pre and post [T, N], res [T, N, N] (eq. 1-8). */
+void fathom_streams_opened(const float *x, const float *mix, const float *base, const float *scale, long T, long N, long W, long iterations,
+                           float eps, float norm_eps, float *inverse_rms, float *out, float *pre, float *post, float *res, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long t = 0; t < T; t += LANES) {
+        if (N == 4) open_sixteen(x, mix, base, scale, T, t, 4, W, iterations, eps, norm_eps, inverse_rms, out, pre, post, res);
+        else open_sixteen(x, mix, base, scale, T, t, N, W, iterations, eps, norm_eps, inverse_rms, out, pre, post, res);
+    }
+}
+
+ALWAYS void reopen_sixteen(const float *x, const float *mix, const float *inverse_rms, const float *base, const float *scale,
+                                  const float *grad, const float *pre_grad, const float *post_grad, const float *res_grad, long T, long t, long N,
+                                  long W, long iterations, float eps, float *logits_grad, float *mix_grad, float *radial) {
+    long R = (2 + N) * N, last = t + LANES < T ? t + LANES : T;
+    lanes normed[R], logits[R], softmax[N * N], kept[2 * iterations * N * N], found[R];
+    float along[N * LANES], column[LANES] = {0};
+    memset(along, 0, sizeof along);
+    for (long i = t; i < last; i++) {
+        float own[N];
+        project_on(grad + i * W, x + i * N * W, N, W, own);
+        for (long n = 0; n < N; n++) along[n * LANES + i - t] = own[n];
+        column[i - t] = inverse_rms[i];
+    }
+    logits_of(mix, inverse_rms, base, scale, T, t, N, normed, logits);
+    sinkhorn(logits + 2 * N, N, iterations, eps, softmax, kept);
+    gather(res_grad, N * N, T, t, found + 2 * N);
+    sinkhorn_backward(found + 2 * N, N, iterations, softmax, kept);
+    gather(pre_grad, N, T, t, found);
+    gather(post_grad, N, T, t, found + N);
+    for (long n = 0; n < 2 * N; n++) {
+        lanes open = gate(logits[n]);
+        found[n] = (n < N ? found[n] + load(along + n * LANES) : 2 * found[n]) * open * (1 - open);
+    }
+    spread(found, R, T, t, logits_grad);
+    lanes rms = load(column), inward = {0};
+    for (long r = 0; r < R; r++) {
+        found[r] *= scale[r < N ? 0 : r < 2 * N ? 1 : 2];
+        inward += found[r] * normed[r];
+        found[r] *= rms;
+    }
+    spread(found, R, T, t, mix_grad);
+    inward *= rms * rms / -(float)(N * W); /* the RMS divides after the product, so its gradient is a multiple of x for each token */
+    spread(&inward, 1, T, t, radial);
+}
+
+/* From the gradients of what `fathom_streams_opened` made: those of the logits and of mix [T, R], and the multiple of x [T] that belongs to x's. */
+void fathom_streams_opened_backward(const float *x, const float *mix, const float *inverse_rms, const float *base, const float *scale,
+                                    const float *grad, const float *pre_grad, const float *post_grad, const float *res_grad, long T, long N, long W,
+                                    long iterations, float eps, float *logits_grad, float *mix_grad, float *radial, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long t = 0; t < T; t += LANES) {
+        if (N == 4) reopen_sixteen(x, mix, inverse_rms, base, scale, grad, pre_grad, post_grad, res_grad, T, t, 4, W, iterations, eps, logits_grad, mix_grad, radial);
+        else reopen_sixteen(x, mix, inverse_rms, base, scale, grad, pre_grad, post_grad, res_grad, T, t, N, W, iterations, eps, logits_grad, mix_grad, radial);
+    }
+}
+
+/* x_grad [T, N, W] += pre_n grad + radial x_n, of a sublayer's input and of the RMS; without `radial` [T] x_grad = pre_n grad, and
+   pre_grad [T, N] = x_n . grad (eq. 1). */
+void fathom_streams_in_backward(const float *x, const float *pre, const float *radial, const float *grad, long T, long N, long W, float *x_grad,
+                                float *pre_grad, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long t = 0; t < T; t++) {
+        const float *own = x + t * N * W, *its = grad + t * W;
+        for (long n = 0; n < N; n++) {
+            float *to = x_grad + (t * N + n) * W, weight = pre[t * N + n];
+            if (radial)
+                for (long w = 0; w < W; w++) to[w] += weight * its[w] + radial[t] * own[n * W + w];
+            else
+                for (long w = 0; w < W; w++) to[w] = weight * its[w];
+        }
+        if (pre_grad) project_on(its, own, N, W, pre_grad + t * N);
+    }
+}
+
+ALWAYS void close_backward(const float *x, const float *y, const float *post, const float *res, const float *grad, long N, long W,
+                                  float *x_grad, float *y_grad, float *post_grad, float *res_grad) {
+    for (long j = 0; j < N; j++) {
+        weigh(grad, N, res + j * N, 1, W, x_grad + j * W);
+        project_on(x + j * W, grad, N, W, res_grad + j * N);
+    }
+    weigh(grad, N, post, 1, W, y_grad);
+    project_on(y, grad, N, W, post_grad);
+}
+
+/* The gradients of x [T, N, W], y [T, W], post [T, N] and res [T, N, N] of `fathom_streams_out`. */
+void fathom_streams_out_backward(const float *x, const float *y, const float *post, const float *res, const float *grad, long T, long N, long W,
+                                 float *x_grad, float *y_grad, float *post_grad, float *res_grad, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long t = 0; t < T; t++) {
+        if (N == 4) close_backward(x + t * 4 * W, y + t * W, post + t * 4, res + t * 16, grad + t * 4 * W, 4, W, x_grad + t * 4 * W, y_grad + t * W,
+                                   post_grad + t * 4, res_grad + t * 16);
+        else close_backward(x + t * N * W, y + t * W, post + t * N, res + t * N * N, grad + t * N * W, N, W, x_grad + t * N * W, y_grad + t * W,
+                            post_grad + t * N, res_grad + t * N * N);
+    }
+}
