@@ -10,7 +10,7 @@ from fathom.text.chat import encode
 from fathom.text.tokenizer import THINK_END
 from tests.server.conftest import KEY, post
 from tests.server.scripted import ScriptedEngine
-from tests.server.test_openai import allows, prompt_of, written_calls
+from tests.server.openai_kit import allows, prompt_of, written_calls
 
 HELLO = [{"role": "user", "content": "hello"}]
 OFF = {"type": "disabled"}
