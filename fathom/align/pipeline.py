@@ -34,6 +34,7 @@ from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 POLL_SECONDS = 0.2
 EFFORTS_OF_CORPUS = (2, 5, 3)  # how often chat, high and max: without its working, a result is a guess
 JUDGING = ("judging", "judged-math")
+SECONDS = "seconds"  # of all calls together, from start to end
 STUDENTS = ("student", "distilled", "off-policy", "mixed")  # compared with the specialists in every environment
 OF_CORPUS = ("environments", "levels", "documents", "repeats", "vocabulary", "seed")  # the fields that decide corpus and tokenizer
 
@@ -120,9 +121,13 @@ def run_pipeline(recipe: Pipeline, root: Path, known: Mapping[str, Environment],
     """Run what is missing and write the report; its path. KeyboardInterrupt after Ctrl-C or SIGTERM, with every stage stopped and saved."""
     run = Path(recipe.run)
     with alone_in(run):
+        began = time.monotonic()
         write_text(run / "recipe.toml", recipes.dump(recipe))
-        prepare_corpus(recipe, root, known, console)
-        Runner(run, stages(recipe, root), recipe.workers, console).run()
+        try:
+            prepare_corpus(recipe, root, known, console)
+            Runner(run, stages(recipe, root), recipe.workers, console).run()
+        finally:
+            _add_seconds(run / SECONDS, time.monotonic() - began)
         return report(recipe)
 
 
@@ -270,8 +275,8 @@ class Runner:
                 raise StageFailed(f"stage {stage.name} failed ({' '.join(tail)}); its output is in {self._path(stage, 'log')}; "
                                   "run the pipeline again to go on")
             seconds = time.monotonic() - began
-            self._add_seconds(stage, seconds)
-            marker = self._key(stage) | {"checksums": _checksums(stage.makes), "seconds": self._seconds(stage)}
+            _add_seconds(self._path(stage, "seconds"), seconds)
+            marker = self._key(stage) | {"checksums": _checksums(stage.makes), "seconds": seconds_in(self._path(stage, "seconds"))}
             write_text(self._path(stage, "json"), json.dumps(marker, indent=2) + "\n")
             self.done.add(stage.name)
             self.console.print(f"{stage.name}: done in {seconds / 60:.1f} minutes", soft_wrap=True)
@@ -283,7 +288,7 @@ class Runner:
             process.send_signal(signal.SIGTERM)
         for stage, (process, began) in self.running.items():
             process.wait()
-            self._add_seconds(stage, time.monotonic() - began)
+            _add_seconds(self._path(stage, "seconds"), time.monotonic() - began)
 
     def _is_done(self, stage: StageCommand) -> bool:
         try:
@@ -292,13 +297,6 @@ class Runner:
             return self.done.issuperset(stage.after) and all(marker[name] == value for name, value in wanted.items())
         except (OSError, ValueError, KeyError, StageFailed):
             return False
-
-    def _add_seconds(self, stage: StageCommand, seconds: float) -> None:
-        write_text(self._path(stage, "seconds"), f"{self._seconds(stage) + seconds}\n")
-
-    def _seconds(self, stage: StageCommand) -> float:
-        path = self._path(stage, "seconds")
-        return float(path.read_text()) if path.is_file() else 0.0
 
     def _path(self, stage: StageCommand, suffix: str) -> Path:
         return self.run_folder / "stages" / f"{stage.name.replace('/', '.')}.{suffix}"
@@ -351,6 +349,15 @@ def _checksums(path: Path) -> dict[str, str]:
     if not files:
         raise StageFailed(f"{path} was not made")
     return {str(file.relative_to(path)): sha256(file) for file in files}
+
+
+def seconds_in(path: Path) -> float:
+    """What has been added up in this file; 0 without it."""
+    return float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+
+
+def _add_seconds(path: Path, seconds: float) -> None:
+    write_text(path, f"{seconds_in(path) + seconds}\n")
 
 
 def _die_with_parent() -> None:

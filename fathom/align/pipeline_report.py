@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fathom.accounting import parameters
-from fathom.align.pipeline import JUDGING, Pipeline
+from fathom.align.pipeline import JUDGING, SECONDS, Pipeline, seconds_in
 from fathom.align.scores import Row
 from fathom.checkpoint.training import find_model
 from fathom.config import ModelConfig
@@ -52,8 +52,8 @@ def write_report(recipe: Pipeline) -> Path:
     if judged:
         parts += ["<h2>The judge</h2>", _table(["model", "verdicts right (held-out judging tasks)", "answers right by the hidden rule (judged-math)"], judged),
                   _agreement(recipe)]
-    parts += ["<h2>Curves</h2>", *_curves(recipe, scores), "<h2>Minutes</h2>", _minutes(run)]
-    write_text(run / "report.json", json.dumps({"checks": found, "variants": variants, "scores": scores}, indent=2) + "\n")
+    parts += ["<h2>Curves</h2>", *_curves(recipe, scores), "<h2>Minutes</h2>", _minutes(recipe, run)]
+    write_text(run / "report.json", json.dumps({"checks": found, "variants": variants, "scores": scores, "minutes": round(seconds_in(run / SECONDS) / 60, 1)}, indent=2) + "\n")
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Post-training</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
     write_text(run / "report.html", page)
     return run / "report.html"
@@ -211,10 +211,12 @@ def _image(figure: "matplotlib.figure.Figure") -> str:
     return f'<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"></p>'
 
 
-def _minutes(run: Path) -> str:
+def _minutes(recipe: Pipeline, run: Path) -> str:
     seconds = {path.stem: json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in sorted((run / "stages").glob("*.json"))}
     rows = [[name, f"{value / 60:.1f}"] for name, value in seconds.items()]
-    return _table(["stage", "minutes"], [*rows, ["all stages, one core each", f"{sum(seconds.values()) / 60:.1f}"]])
+    whole = f"{seconds_in(run / SECONDS) / 60:.1f}"
+    return _table(["stage", "minutes"], [*rows, ["all stages, one thread each", f"{sum(seconds.values()) / 60:.1f}"],
+                                         [f"from start to end, {recipe.workers} stages at a time", whole]])
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], raw: bool = False, caption: str = "") -> str:

@@ -265,6 +265,7 @@ def test_the_page_has_all_tables_and_pictures(tmp_path, monkeypatch):
         (run / "scores" / f"{name}.json").write_text(json.dumps(rows))
     (run / "stages").mkdir()
     (run / "stages" / "flash.base.json").write_text(json.dumps({"seconds": 90}))
+    (run / "seconds").write_text("4356.0\n")
     for size in ("flash", "pro"):
         shutil.copytree(RECIPES, run / size / "distilled", ignore=lambda folder, names: [name for name in names if name != "small-flash.json"])
         (run / size / "distilled" / "small-flash.json").rename(run / size / "distilled" / "config.json")
@@ -276,4 +277,5 @@ def test_the_page_has_all_tables_and_pictures(tmp_path, monkeypatch):
     assert "Of the demonstrations, 50% leave the last thing out." in page
     assert page.count("<img") == 2 and "Flash-Max" in page and "GRPO math" in page and "1.5" in page and "4.28M parameters" in page
     assert "87.5%" in page and "50.0% in the first 1 updates" in page
-    assert json.loads((run / "report.json").read_text())["variants"][2][3] == "97.0%"
+    report = json.loads((run / "report.json").read_text())
+    assert report["variants"][2][3] == "97.0%" and report["minutes"] == 72.6 and "from start to end, 2 stages at a time</td><td>72.6" in page

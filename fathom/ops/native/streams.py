@@ -1,7 +1,6 @@
-"""Hyper-connections (report 2.2): in one pass over each token's numbers, for a few tokens, a thousand small operations of torch for one of them, and in
-training.
+"""Hyper-connections (report 2.2) in one pass over each token's numbers: of a few tokens, where torch makes a thousand small operations, and in training.
 
-Of many tokens the product with `fn` is left to oneDNN, and so are the two of its gradients.
+Of many tokens the product with `fn` is left to oneDNN, and so are those of its gradients.
 """
 
 import torch
