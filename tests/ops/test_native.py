@@ -318,6 +318,16 @@ def test_without_a_compiler_or_by_wish_everything_works_without_kernels(tmp_path
     assert outcome(CC=str(broken), XDG_CACHE_HOME=str(tmp_path / "cache")) == ["False", "4096.0"]
 
 
+def test_a_damaged_file_in_the_cache_is_made_anew(tmp_path):
+    assert outcome(XDG_CACHE_HOME=str(tmp_path)) == ["True", "4096.0"]
+    (made,) = (tmp_path / "fathom").iterdir()
+    whole = made.read_bytes()
+    for damaged in (b"", whole[:5000], b"no library"):
+        made.write_bytes(damaged)
+        assert outcome(XDG_CACHE_HOME=str(tmp_path)) == ["True", "4096.0"]
+    assert len(made.read_bytes()) == len(whole)
+
+
 def test_many_processes_may_compile_at_once_and_an_unwritable_cache_does_not_matter(tmp_path):
     with ThreadPoolExecutor(3) as pool:
         found = [*pool.map(lambda _: outcome(XDG_CACHE_HOME=str(tmp_path)), range(3))]

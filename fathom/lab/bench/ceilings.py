@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.lab.bench.measure import serve, timed
+from fathom.ops.native.library import library
 
 SHAPES = {"2048x2048x2048": (2048, 2048, 2048), "1024x512x2048": (1024, 512, 2048)}  # rows, inner, columns
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -21,11 +22,11 @@ BUDGET_SECONDS = 0.3  # for each measurement; the best of what fits, and of thre
 
 
 def measure_ceilings(text: str) -> dict[str, Any]:
-    """GFLOP/s of matrix products for each dtype, way and shape, GB/s of reading and of copying."""
+    """GFLOP/s of matrix products for each dtype, way and shape, GB/s of reading and of copying; and whether there are kernels in C."""
     threads = json.loads(text)["threads"]
     if threads:
         torch.set_num_threads(threads)
-    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "kernels": library() is not None}
     with torch.inference_mode():
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
             found[name] = {way: {shape: _matmul(*sizes, dtype, product) for shape, sizes in SHAPES.items()}

@@ -86,10 +86,10 @@ def library() -> ctypes.CDLL | None:
 
 
 def _made(compiler: str, flags: list[str], name: str) -> Path:
-    """The compiled file: in the user's cache, or where that cannot be written in a folder of this process alone."""
+    """The compiled file, and its checksum behind it: in the user's cache, or where that cannot be written in a folder of this process alone."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom"
-        if (folder / name).exists():
+        if _whole(folder / name):
             return folder / name
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder))
@@ -99,6 +99,8 @@ def _made(compiler: str, flags: list[str], name: str) -> Path:
         # Linked in a call of its own, without -fopenmp, which would bring a second set of threads.
         for command in ([*flags, "-c", str(Path(__file__).with_name("library.c")), "-o", str(work / "kernels.o")], ["-shared", str(work / "kernels.o"), "-o", str(work / name), "-lm"]):
             subprocess.run([compiler, *command], check=True, capture_output=True, timeout=120)
+        content = (work / name).read_bytes()
+        (work / name).write_bytes(content + hashlib.sha256(content).digest())
         os.replace(work / name, folder / name)  # no other process finds half a file
     finally:
         if work != folder:
@@ -106,6 +108,15 @@ def _made(compiler: str, flags: list[str], name: str) -> Path:
         else:
             atexit.register(shutil.rmtree, work, ignore_errors=True)
     return folder / name
+
+
+def _whole(path: Path) -> bool:
+    """Whether a compiled file is there and as it was written: loading a part of one can end the process."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _openmp() -> Path | None:
