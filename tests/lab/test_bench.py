@@ -16,7 +16,6 @@ from fathom.lab.bench.measure import measure
 from fathom.lab.bench.plan import BENCH_S, BenchError, Case, Plan
 from fathom.lab.bench.run import Failure, run_child
 from fathom.lab.bench.shares import add_ratios, arithmetic, decode_bytes, figures, mean_flops
-from fathom.ops.native.library import library
 from tests.models import small_config
 from tests.runs import command, environment, fathom
 
@@ -56,7 +55,7 @@ def test_prefill_beside_transformers_is_measured_and_reported(model, tmp_path):
     report = json.loads(out.read_text())
     assert report["command"][:3] == ["fathom", "bench", "prefill"] and not report["interrupted"]
     assert report["machine"]["cores"] >= 1 and report["ceilings"]["threads"] == 1 and report["ceilings"]["read"] > 0
-    assert report["ceilings"]["kernels"] is (library() is not None)
+    assert report["ceilings"]["kernels"] is False and "no kernels in C" in " ".join(result.stdout.split())
     assert ModelConfig.from_dict(report["config"]) == ModelConfig.load(model)
     found = report["rows"]
     assert [(row["length"], row["program"], row["dtype"], row["chunk"]) for row in found] == [

@@ -100,7 +100,7 @@ def _machine(report: dict[str, Any]) -> str:
     if not ceilings:
         return f"{report['machine']['processor']}, {report['machine']['cores']} cores"
     threads = "thread" if ceilings["threads"] == 1 else "threads"
-    without = "" if ceilings.get("kernels", True) else "; no kernels in C (no compiler, or FATHOM_NATIVE=0)"
+    without = "" if ceilings.get("kernels", True) else "; no kernels in C"
     return (f"{report['machine']['processor']}, {ceilings['threads']} {threads}: {matmul(ceilings, 'float32'):.0f} GFLOP/s "
             f"float32, {matmul(ceilings, 'bfloat16'):.0f} bfloat16, {ceilings['read']:.0f} GB/s{without}")
 
