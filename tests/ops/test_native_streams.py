@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fathom import ops
-from fathom.memory import keep_freed_memory
 from fathom.ops.native.library import library
 from tests.ops.test_streams import EPS, ITERATIONS, NORM_EPS, SHAPES, coefficient_inputs, mixing_inputs, random, values_and_gradients
 from tests.ops.test_streams import assert_as_defined as is_defined
@@ -105,11 +104,3 @@ def test_what_the_kernels_do_not_take_is_left_to_others():
         for operator, inputs in ((ops.streams_in, collapse_inputs), (ops.streams_out, mixing_inputs)):
             assert operator.choose(*[x.to(dtype).requires_grad_() for x in inputs(1, 5, 4, 8)])[0] != "native"
     assert ops.open_streams.choose(X[:, :0], *parameters, *CONSTANTS)[0] != "native"
-
-
-def test_keeping_freed_memory_changes_no_number_and_may_be_asked_for_twice():
-    for _ in range(2):
-        keep_freed_memory()
-    x = torch.ones(1 << 23)
-    del x
-    assert torch.ones(1 << 23).sum() == 1 << 23
