@@ -1,4 +1,4 @@
-"""What tests with the official openai client share."""
+"""What tests with the official clients share: messages, tools, and a model that calls them."""
 
 import json
 
@@ -8,6 +8,7 @@ import pytest
 from fathom.text.chat import encode
 from fathom.text.tokenizer import THINK_END
 from tests.server.conftest import KEY
+from tests.server.scripted import ScriptedEngine
 
 HELLO = [{"role": "user", "content": "hello"}]
 WEATHER = {"type": "function", "function": {
@@ -49,3 +50,16 @@ def allows(engine, text):
             return False
         matcher.accept(token)
     return bool(matcher.allowed()[tokenizer.eos_id])
+
+
+def calls_weather(serve, **more):
+    """A server whose model calls two tools when it is asked, the first with `more` arguments, and tells what they said when they have answered."""
+    def script(request, choice):
+        text = engine.tokenizer.decode(request.prompt)
+        opening = f"I look{THINK_END}" if text.endswith("<think>") else ""
+        if "<tool_result>" in text.split("<｜User｜>")[-1]:
+            return opening + "it is sunny"
+        return opening + "let me see" + written_calls(("weather", {"city": "Paris"} | more), ("weather", {"city": "Rome"}))
+
+    engine = ScriptedEngine(script)
+    return serve(engine)

@@ -9,8 +9,8 @@ from fathom.server.settings import ServerSettings
 from fathom.text.chat import encode
 from fathom.text.tokenizer import THINK_END
 from tests.server.conftest import KEY, post
+from tests.server.openai_kit import allows, calls_weather, prompt_of
 from tests.server.scripted import ScriptedEngine
-from tests.server.openai_kit import allows, prompt_of, written_calls
 
 HELLO = [{"role": "user", "content": "hello"}]
 OFF = {"type": "disabled"}
@@ -84,15 +84,7 @@ def test_the_bytes_of_a_stream_begin_with_a_ping(server):
 
 @pytest.fixture
 def calling(serve):
-    def script(request, choice):
-        text = engine.tokenizer.decode(request.prompt)
-        opening = f"I look{THINK_END}" if text.endswith("<think>") else ""
-        if "<tool_result>" in text.split("<｜User｜>")[-1]:
-            return opening + "it is sunny"
-        return opening + "let me see" + written_calls(("weather", {"city": "Paris"}), ("weather", {"city": "Rome"}))
-
-    engine = ScriptedEngine(script)
-    return serve(engine)
+    return calls_weather(serve)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,7 +7,7 @@ import pytest
 
 from fathom.server.settings import ServerSettings
 from fathom.text.tokenizer import THINK_END
-from tests.server.openai_kit import CALL, HELLO, OFF, WEATHER, allows, chat, client, prompt_of, written_calls  # noqa: F401  (a fixture)
+from tests.server.openai_kit import CALL, HELLO, OFF, WEATHER, allows, calls_weather, chat, client, prompt_of  # noqa: F401  (a fixture)
 from tests.server.scripted import ScriptedEngine
 
 
@@ -15,16 +15,7 @@ from tests.server.scripted import ScriptedEngine
 
 @pytest.fixture
 def calling(serve):
-    """A server whose model calls two tools when it is asked, and tells what they said when they have answered."""
-    def script(request, choice):
-        text = engine.tokenizer.decode(request.prompt)
-        opening = f"I look{THINK_END}" if text.endswith("<think>") else ""
-        if "<tool_result>" in text.split("<｜User｜>")[-1]:
-            return opening + "it is sunny"
-        return opening + "let me see" + written_calls(("weather", {"city": "Paris", "days": 2}), ("weather", {"city": "Rome"}))
-
-    engine = ScriptedEngine(script)
-    return serve(engine)
+    return calls_weather(serve, days=2)
 
 
 @pytest.mark.parametrize("extra", [{}, OFF])
