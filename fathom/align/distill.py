@@ -18,7 +18,6 @@ from torch import Tensor
 from fathom.align.curriculum import choose_tasks
 from fathom.align.environments.base import Environment
 from fathom.align.grpo import Pace, recipe_fingerprint, reward_metrics
-from fathom.align.losses import reverse_kl
 from fathom.align.rollout import Draw, Play, environments_named, new_rollouts, play_here
 from fathom.align.rollout_log import RolloutLog
 from fathom.align.round import Rounds, hidden_of_targets
@@ -29,7 +28,7 @@ from fathom.checkpoint.training import find_model
 from fathom.checkpoint.weights import Weights
 from fathom.errors import CheckpointError, RecipeError
 from fathom.model.transformer import Transformer
-from fathom.ops import dense
+from fathom.ops import dense, reverse_kl
 from fathom.optim.muon import AdamW, Muon, Optimizer
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage

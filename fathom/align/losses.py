@@ -1,4 +1,4 @@
-"""What post-training minimises: the GRPO objective with its corrections, and the exact reverse KL of distillation (report 5.1).
+"""What GRPO minimises, with its corrections (report 5.1); the exact reverse KL of distillation is an operator (fathom/ops/losses.py).
 
 Pure functions of hidden states, heads and per-token numbers. N counts the learned positions of a batch, U its samples. Logits
 over the vocabulary exist for one chunk of positions at a time, in both directions.
@@ -65,21 +65,6 @@ def token_log_probabilities(hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor
         return chosen_n, torch.special.entr(logs_nV.detach().exp()).sum(-1)
 
     return _in_chunks(chunk, hidden_NW, head_VW)
-
-
-def reverse_kl(hidden_NW: Tensor, head_VW: Tensor, teacher_hidden_NW: Tensor, teacher_head_VW: Tensor) -> Tensor:
-    """KL(student || teacher) = sum_v p (log p - log q) at each position [N], exact over the whole vocabulary.
-
-    The widths W of student and teacher may differ. The teacher gets no gradient. Report 5.1.2.
-    """
-    teacher_hidden_NW, teacher_head_VW = teacher_hidden_NW.detach(), teacher_head_VW.detach()
-
-    def chunk(hidden_nW: Tensor, head_VW: Tensor, first: int, last: int) -> tuple[Tensor]:
-        student_nV = ops.linear(ops.wide(hidden_nW), ops.wide(head_VW)).log_softmax(-1)
-        teacher_nV = ops.linear(ops.wide(teacher_hidden_NW[first:last]), ops.wide(teacher_head_VW)).log_softmax(-1)
-        return ((student_nV.exp() * (student_nV - teacher_nV)).sum(-1),)
-
-    return _in_chunks(chunk, hidden_NW, head_VW)[0]
 
 
 def advantages(rewards_PG: Tensor, floor: float = 0.0) -> Tensor:

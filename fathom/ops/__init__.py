@@ -41,7 +41,7 @@ from fathom.ops.heads import index_queries, join_heads, low_rank_queries, shared
 from fathom.ops.index_objective import index_objective
 from fathom.ops.index_topk import index_scores, index_topk
 from fathom.ops.linear import Matrix, Norm, Projection, dense, grouped_linear, linear
-from fathom.ops.losses import IGNORE, cross_entropy, index_divergence, sequence_balance
+from fathom.ops.losses import IGNORE, cross_entropy, index_divergence, reverse_kl, sequence_balance
 from fathom.ops.norm import rms_normalise
 from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import wide
@@ -57,6 +57,6 @@ __all__ = [
     "IGNORE", "Entries", "Matrix", "Norm", "Projection", "Window", "attended_entries", "attention", "clamped_swiglu", "collapse_coefficients",
     "compressor_inputs", "cross_entropy", "dense", "entry_mass", "grouped_attention", "grouped_linear", "index_divergence", "index_objective",
     "index_queries", "index_scores", "index_topk", "join_heads", "key_mass", "linear", "low_rank_queries", "open_streams", "orthogonalize", "pack",
-    "pool_blocks", "rms_normalise", "rotate", "route", "routed_experts", "sequence_balance", "shared_key", "sinkhorn",
+    "pool_blocks", "reverse_kl", "rms_normalise", "rotate", "route", "routed_experts", "sequence_balance", "shared_key", "sinkhorn",
     "stream_coefficients", "streams_in", "streams_out", "swiglu_expert", "unpack", "using", "visible_entries", "wide",
 ]

@@ -1,4 +1,4 @@
-"""Losses: next-token cross-entropy, the router's sequence balance, the indexer's divergence."""
+"""Losses: next-token cross-entropy, distillation's reverse divergence, the router's sequence balance, the indexer's divergence."""
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,17 @@ def cross_entropy(hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor) -> Tenso
     kept_n = (target_N != IGNORE).nonzero().squeeze(1)
     logits_nV = F.linear(wide(hidden_NW.index_select(0, kept_n)), wide(head_VW))
     return F.cross_entropy(logits_nV, target_N.index_select(0, kept_n), reduction="sum")
+
+
+@op
+def reverse_kl(hidden_NW: Tensor, head_VW: Tensor, teacher_hidden_NU: Tensor, teacher_head_VU: Tensor) -> Tensor:
+    """KL(student || teacher) = sum_v p_v (log p_v - log q_v) at each position [N], float32, p = softmax(head hidden), over the whole vocabulary.
+
+    The widths W of student and U of teacher may differ; the teacher gets no gradient. Report 5.1.2.
+    """
+    log_p_NV = F.linear(wide(hidden_NW), wide(head_VW)).log_softmax(-1)
+    log_q_NV = F.linear(wide(teacher_hidden_NU.detach()), wide(teacher_head_VU.detach())).log_softmax(-1)
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
 
 
 @op

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from fathom.align import losses
-from fathom.align.losses import Kept, Policy, advantages, policy_loss, reverse_kl, token_log_probabilities
+from fathom.align.losses import Kept, Policy, advantages, policy_loss, token_log_probabilities
 
 
 @pytest.fixture(autouse=True)
@@ -121,31 +121,6 @@ def test_kept_tokens_are_the_only_ones_of_the_distribution():
     torch.testing.assert_close(logs, expected)
     assert torch.isfinite(entropy).all() and (entropy >= 0).all()
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), head)[0] for x in (logs, expected)))
-
-
-def test_the_reverse_kl_is_exact_with_its_gradients_and_teachers_of_another_width():
-    c = case(4)
-    teacher_hidden, teacher_head = case(9, width=3)["hidden"], case(9, width=3)["head"]
-    hidden, head = c["hidden"].requires_grad_(), c["head"].requires_grad_()
-    found = reverse_kl(hidden, head, teacher_hidden, teacher_head)
-    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
-    p, q = (torch.distributions.Categorical(logits=x) for x in (student, teacher))
-    torch.testing.assert_close(found, torch.distributions.kl_divergence(p, q))
-    weights = torch.rand(len(found), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    gradient, gradient_head = torch.autograd.grad((found * weights).sum(), (hidden, head))
-    # By hand: d KL / d logit_v = p_v (log p_v - log q_v - KL).
-    slope = p.probs * (p.probs.log() - q.probs.log() - found.detach()[:, None]) * weights[:, None]
-    torch.testing.assert_close(gradient, slope @ head)
-    torch.testing.assert_close(gradient_head, slope.T @ hidden)
-    assert gradcheck(lambda h, w: reverse_kl(h, w, teacher_hidden, teacher_head), (hidden, head))
-
-
-def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient():
-    c = case(5)
-    hidden, head = c["hidden"].requires_grad_(), c["head"].requires_grad_()
-    found = reverse_kl(hidden, head, c["hidden"], c["head"])
-    assert float(found.detach().abs().max()) < 1e-14
-    assert all(float(g.abs().max()) < 1e-14 for g in torch.autograd.grad(found.sum(), (hidden, head)))
 
 
 @settings(max_examples=60, deadline=None)

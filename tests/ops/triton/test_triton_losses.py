@@ -1,4 +1,4 @@
-"""The cross-entropy kernels against the definition in float64, under Triton's interpreter."""
+"""The kernels of cross-entropy and of distillation's divergence against the definition in float64, under Triton's interpreter."""
 
 from functools import partial
 
@@ -13,6 +13,9 @@ from fathom.ops import IGNORE
 from fathom.ops.triton import losses as kernels
 from tests.ops.test_losses import assert_as_defined as as_defined
 from tests.ops.test_losses import loss_and_gradients, problem
+from tests.ops.test_reverse_kl import assert_as_defined as divergence_as_defined
+from tests.ops.test_reverse_kl import problem as two_models
+from tests.ops.test_reverse_kl import values_and_gradients
 
 
 assert_as_defined = partial(as_defined, implementation="triton")
@@ -120,3 +123,48 @@ def test_what_kernels_do_not_take_is_left_to_the_definition():
     with ops.using("triton"):
         assert ops.cross_entropy.choose(hidden.double(), head.double(), target)[0] == "definition"
         assert ops.cross_entropy.choose(hidden.bfloat16(), head, target)[0] == "definition"
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129])
+def test_the_divergence_is_the_definition_at_the_edges_of_tiles(size):
+    divergence_as_defined(two_models(size, 20, U=5), "triton")
+    divergence_as_defined(two_models(5, size), "triton")
+    divergence_as_defined(two_models(3, 5, W=size, U=30), "triton")
+
+
+@pytest.mark.parametrize("V", [256, 257, 520])
+def test_the_divergence_joins_chunks_of_the_vocabulary(V, monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_V", 256)
+    divergence_as_defined(two_models(6, V, U=5), "triton")
+    divergence_as_defined(two_models(6, V, size=20.0, seed=3), "triton", 1e-4)
+
+
+def test_the_divergence_of_equal_models_is_zero_and_gives_the_same_bits_in_any_batch(monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_V", 128)
+    tensors, weight = two_models(140, 200, W=40, U=12)
+    first, second = (values_and_gradients(tensors, weight, "triton") for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    hidden, head, teacher_hidden, teacher_head = tensors
+    alone = values_and_gradients((hidden[-1:], head, teacher_hidden[-1:], teacher_head), weight[-1:], "triton")
+    assert torch.equal(alone[0], first[0][-1:]) and torch.equal(alone[1], first[1][-1:])
+    assert all(x.abs().max() < 1e-6 for x in values_and_gradients((hidden, head, hidden, head), weight, "triton"))
+
+
+def test_the_divergence_in_bfloat16_is_the_definition_but_for_rounding_the_gradients():
+    tensors, weight = two_models(40, 150, W=70, U=30, size=0.2, dtype=torch.bfloat16)
+    exact = values_and_gradients([x.double() for x in tensors], weight, "definition")
+    fast = values_and_gradients(tensors, weight, "triton")
+    assert [x.dtype for x in fast] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert (fast[0] - exact[0]).abs().max() <= 1e-5
+    for expected, actual in zip(exact[1:], fast[1:], strict=True):
+        assert (actual - expected).abs().max() <= 2**-6 * expected.abs().max()
+    mixed = [x.float() for x in tensors[:2]] + list(tensors[2:])
+    assert (values_and_gradients(mixed, weight, "triton")[0] - exact[0]).abs().max() <= 1e-5
+
+
+def test_the_divergence_leaves_to_the_definition_what_its_kernel_does_not_take():
+    tensors, _ = two_models(3, 4)
+    with ops.using("triton"):
+        assert ops.reverse_kl.choose(*(x[:0] if x.shape[0] == 3 else x for x in tensors))[0] == "definition"
+        assert ops.reverse_kl.choose(tensors[0].bfloat16(), *tensors[1:])[0] == "definition"
+        assert ops.reverse_kl.choose(*(x.double() for x in tensors))[0] == "definition"
