@@ -24,7 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fathom.ops.attention import Entries, Window
-from fathom.ops.triton import attention, compress, entry_mass, experts, index_topk, linear, losses, streams
+from fathom.ops.triton import attention, compress, entry_mass, experts, index_topk, linear, losses, norm_rotary, streams
 from fathom.quant.formats import quantise_fp4, quantise_fp8
 
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -96,6 +96,11 @@ def call_operators(dtype: torch.dtype, W: int, H: int, D: int, F: int, index_D: 
     backward(compress.pool_blocks_triton(new(2, 128, 2 * D), new(2, 128, 2 * D), blocks, blocks, everywhere))
     backward(compress.pool_blocks_triton(new(2, 128, D), new(2, 128, D), torch.arange(256).view(2, 128), None, None))
     backward(losses.cross_entropy_triton(new(64, W), new(4096 + 16, W), torch.arange(64)))
+    backward(losses.reverse_kl_triton(new(64, W), new(4096 + 16, W), new(64, 2 * W), new(4096 + 16, 2 * W)))
+    turn = torch.zeros(1, S, 32, dtype=torch.complex64)
+    backward(norm_rotary.rms_normalise_triton(new(1, S, W), 1e-6, new(W)))
+    backward(norm_rotary.rotate_triton(new(1, S, H, D), turn[:, :, None]))
+    backward(*norm_rotary.low_rank_queries_triton(new(1, S, H * D), *3 * (torch.nn.Identity(),), H, turn, 1e-6))
     call_attention(dtype, S, M, H, D, K)
     q, weight, keys = new(1, S, 64, index_D), new(1, S, 64), new(1, M, index_D)
     backward(index_topk.index_scores_triton(q, weight, keys))

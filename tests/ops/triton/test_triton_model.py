@@ -13,8 +13,8 @@ from fathom.train.objective import LossWeights, objective
 from tests.models import random_model, random_tokens, small_config
 
 CONFIG = small_config([0, 4, 6, 4], sliding_window=8, index_topk=3, head_dim=32)
-KERNELS = {"attention", "collapse_coefficients", "cross_entropy", "index_topk", "pool_blocks", "routed_experts", "stream_coefficients", "streams_in",
-           "streams_out"}
+KERNELS = {"attention", "collapse_coefficients", "cross_entropy", "index_topk", "low_rank_queries", "pool_blocks", "rms_normalise", "rotate", "routed_experts",
+           "stream_coefficients", "streams_in", "streams_out"}
 
 
 @pytest.fixture()
