@@ -11,6 +11,7 @@ from fathom.cli.options import (
     BenchModelOption,
     BenchSeedOption,
     ChunkOption,
+    DeviceOption,
     DtypeOption,
     LengthsOption,
     MtpOption,
@@ -27,11 +28,11 @@ bench = typer.Typer(help="Measure speed and memory.", no_args_is_help=True, rich
 def bench_prefill(lengths: LengthsOption = "2048,8192,32768", chunk: ChunkOption = None, model: BenchModelOption = "bench-s",
                   dtype: DtypeOption = "float32", threads: ThreadsOption = None, repeats: RepeatsOption = 3,
                   against: AgainstOption = None, peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0,
-                  out: OutOption = None) -> None:
+                  device: DeviceOption = "cpu", out: OutOption = None) -> None:
     """Reading prompts: tokens/s, memory, share of the machine's matrix products. A fresh process for each case."""
     from fathom.lab.bench.plan import Plan
 
-    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed)
+    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed, device)
     _bench(plan, plan.prefill(lengths, chunk), out)
 
 
@@ -39,11 +40,11 @@ def bench_prefill(lengths: LengthsOption = "2048,8192,32768", chunk: ChunkOption
 def bench_decode(lengths: LengthsOption = "512,8192,65536", batch: BatchOption = 8, model: BenchModelOption = "bench-s",
                  dtype: DtypeOption = "float32", threads: ThreadsOption = None, repeats: RepeatsOption = 3,
                  against: AgainstOption = None, peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0,
-                 out: OutOption = None) -> None:
+                 device: DeviceOption = "cpu", out: OutOption = None) -> None:
     """Writing after contexts: ms a token, tokens/s of a batch, share of the machine's memory bandwidth."""
     from fathom.lab.bench.plan import Plan
 
-    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed)
+    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed, device)
     _bench(plan, plan.decode(lengths, batch), out)
 
 
@@ -51,22 +52,22 @@ def bench_decode(lengths: LengthsOption = "512,8192,65536", batch: BatchOption =
 def bench_train(tokens: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens of the one row.")] = "2048",
                 mtp: MtpOption = 0.0, model: BenchModelOption = "bench-s", dtype: DtypeOption = "float32",
                 threads: ThreadsOption = None, repeats: RepeatsOption = 3, against: AgainstOption = None,
-                peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0, out: OutOption = None) -> None:
+                peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0, device: DeviceOption = "cpu", out: OutOption = None) -> None:
     """Whole training steps: losses, gradients, clipping, Muon and AdamW."""
     from fathom.lab.bench.plan import Plan
 
-    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed)
+    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed, device)
     _bench(plan, plan.train(tokens, mtp), out)
 
 
 @bench.command("all", epilog="Example:  fathom bench all --against transformers --out bench.json")
 def bench_all(model: BenchModelOption = "bench-s", dtype: DtypeOption = "float32", threads: ThreadsOption = None,
               repeats: RepeatsOption = 3, against: AgainstOption = None, peer_dtype: PeerDtypeOption = None,
-              seed: BenchSeedOption = 0, out: OutOption = None) -> None:
+              seed: BenchSeedOption = 0, device: DeviceOption = "cpu", out: OutOption = None) -> None:
     """Prefill, decode and train, each with its defaults. (A million tokens is a bench of its own.)"""
     from fathom.lab.bench.plan import Plan
 
-    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed)
+    plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed, device)
     _bench(plan, plan.prefill("2048,8192,32768") + plan.decode("512,8192,65536", 8) + plan.train("2048"), out)
 
 

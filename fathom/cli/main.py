@@ -12,6 +12,7 @@ from fathom.cli.bench import bench
 from fathom.cli.lab import lab
 from fathom.cli.data import data
 from fathom.cli.options import (
+    DeviceOption,
     DryRunOption,
     DtypeOption,
     LengthsOption,
@@ -67,7 +68,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder o
 def generate(path: ModelArgument, prompt: Annotated[str, typer.Option(help="The text to continue.")],
              max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest continuation.")] = 128,
              temperature: TemperatureOption = 1.0, top_p: TopPOption = 1.0, seed: SeedOption = None,
-             dtype: DtypeOption = "float32", packed: PackedOption = False,
+             dtype: DtypeOption = "float32", device: DeviceOption = "cpu", packed: PackedOption = False,
              special: Annotated[bool, typer.Option("--special", help="Read special tokens in the prompt.")] = False) -> None:
     """Continue a text, streamed as it is written."""
     from fathom.engine.engine import Engine, dtype_of
@@ -75,7 +76,7 @@ def generate(path: ModelArgument, prompt: Annotated[str, typer.Option(help="The 
 
     sampling = Sampling(temperature, top_p, seed, max_tokens)
     sys.stdout.write(prompt)
-    for piece in Engine.load(path, dtype_of(dtype), packed=packed).text(prompt, sampling, special):
+    for piece in Engine.load(path, dtype_of(dtype), device, packed).text(prompt, sampling, special):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -88,13 +89,13 @@ def chat(path: ModelArgument,
          message: Annotated[Optional[str], typer.Option(help="Ask this one question and leave.")] = None,
          max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer.")] = 512,
          temperature: TemperatureOption = 1.0, top_p: TopPOption = 1.0, seed: SeedOption = None,
-         dtype: DtypeOption = "float32", packed: PackedOption = False) -> None:
+         dtype: DtypeOption = "float32", device: DeviceOption = "cpu", packed: PackedOption = False) -> None:
     """Talk to a model in the terminal. Inside: /think off|high|max, /new, /quit; Ctrl-C stops an answer."""
     from fathom.engine.chat_session import ChatSession, converse
     from fathom.engine.engine import Engine, dtype_of
     from fathom.engine.sampler import Sampling
 
-    engine = Engine.load(path, dtype_of(dtype), packed=packed)
+    engine = Engine.load(path, dtype_of(dtype), device, packed)
     session = ChatSession(engine, Sampling(temperature, top_p, seed, max_tokens), think, system)
     converse(session, message)
 
@@ -107,7 +108,7 @@ def serve(path: Annotated[Optional[Path], typer.Argument(
           name: Annotated[Optional[str], typer.Option(help="The model's name in the API; default: the folder's.")] = None,
           api_key_file: Annotated[Optional[Path], typer.Option(
               "--api-key-file", help="Keys that are let in, one a line; without: FATHOM_API_KEY, or everyone.")] = None,
-          dtype: DtypeOption = "float32", packed: PackedOption = False,
+          dtype: DtypeOption = "float32", device: DeviceOption = "cpu", packed: PackedOption = False,
           cache_gib: Annotated[float, typer.Option("--cache-gib", help="Memory for all requests' and prefixes' cache.")] = 1.0,
           disk_cache: Annotated[Optional[Path], typer.Option("--disk-cache", help="Folder that keeps prefixes between runs.")] = None,
           disk_gib: Annotated[float, typer.Option("--disk-gib", help="Size of that folder at most.")] = 8.0,
@@ -131,14 +132,14 @@ def serve(path: Annotated[Optional[Path], typer.Argument(
     settings = EngineSettings(cache_bytes=int(cache_gib * 2**30), running=running, waiting=waiting, window=window, disk=disk_cache,
                               disk_bytes=int(disk_gib * 2**30), drafts=drafts)
     if replicas == 1:
-        launch(path, dtype_of(dtype), packed, settings, host, port, name, api_key_file, drain, Console(stderr=True))
+        launch(path, dtype_of(dtype), device, packed, settings, host, port, name, api_key_file, drain, Console(stderr=True))
         return
     if importlib.util.find_spec("ray") is None:
         raise FathomError("--replicas needs Ray; run: pip install 'fathom[ray]'")
     from fathom.server.replicas import Plan, launch_replicas
 
     path, server = choose(path, name, api_key_file, drain)
-    launch_replicas(replicas, Plan(path.resolve(), dtype_of(dtype), packed, settings, server), host, port, Console(stderr=True))
+    launch_replicas(replicas, Plan(path.resolve(), dtype_of(dtype), device, packed, settings, server), host, port, Console(stderr=True))
 
 
 @app.command(epilog="Example:  fathom explain runs/tiny --text 'It is a truth' --out explain.html")

@@ -9,6 +9,7 @@ import torch
 
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
+from fathom.devices import use_device
 from fathom.engine.answer import Answer
 from fathom.engine.block_pool import BlockPool
 from fathom.engine.constraint import Grammars
@@ -74,11 +75,12 @@ class Engine:
              settings: EngineSettings = EngineSettings()) -> "Engine":
         """Open a model folder, or the newest checkpoint of a run folder; it must hold a tokenizer.
 
-        `packed` computes as the release does: FP8 and FP4 weights stay as stored, and the cache is in FP8 and FP4.
+        `packed` computes as the release does: FP8 and FP4 weights stay as stored, and the cache is in FP8 and FP4. InputError for a device that
+        is not here.
         """
-        folder = find_model(path)
+        folder, where = find_model(path), use_device(device)
         tokenizer = Tokenizer.load(folder)
-        model = load_model(folder, dtype, device, packed=packed, simulate_quantization=packed)
+        model = load_model(folder, dtype, where, packed=packed, simulate_quantization=packed)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
         disk = None

@@ -41,6 +41,7 @@ class Plan:
 
     path: Path
     dtype: torch.dtype
+    device: str
     packed: bool
     settings: EngineSettings
     threads: int | None = None
@@ -197,7 +198,7 @@ def _work(plan: Plan, pipe: Connection, questions: Connection) -> None:
         torch.set_num_threads(plan.threads)
     try:
         settings = replace(plan.settings, waiting=1 << 30)  # the parent counts who waits
-        engine = Engine.load(plan.path, plan.dtype, packed=plan.packed, settings=settings)
+        engine = Engine.load(plan.path, plan.dtype, plan.device, plan.packed, settings)
     except FathomError as error:
         pipe.send(error)
         return

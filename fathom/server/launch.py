@@ -17,7 +17,7 @@ DEMO = Path("runs/tiny-chat")
 KEY_VARIABLE = "FATHOM_API_KEY"
 
 
-def launch(path: Path | None, dtype: torch.dtype, packed: bool, settings: EngineSettings, host: str, port: int, name: str | None,
+def launch(path: Path | None, dtype: torch.dtype, device: str, packed: bool, settings: EngineSettings, host: str, port: int, name: str | None,
            key_file: Path | None, drain_seconds: float, console: Console) -> None:
     """Load the model at `path`, by default the demo's, and serve it until a signal comes. One JSON line a request on stderr."""
     path, server_settings = choose(path, name, key_file, drain_seconds)
@@ -25,7 +25,7 @@ def launch(path: Path | None, dtype: torch.dtype, packed: bool, settings: Engine
     threads = None if "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() - 1)
     listener = listen(host, port)
     with console.status(f"loading {path} ..."):
-        engine = RemoteEngine(Plan(path, dtype, packed, settings, threads))
+        engine = RemoteEngine(Plan(path, dtype, device, packed, settings, threads))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     _describe(engine, console)

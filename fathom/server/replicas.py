@@ -41,6 +41,7 @@ class Plan:
 
     path: Path
     dtype: torch.dtype
+    device: str
     packed: bool
     engine: EngineSettings
     server: ServerSettings
@@ -50,7 +51,7 @@ class Replica:
     """The application around an engine of its own, in a process of its own."""
 
     async def __init__(self, plan: Plan):
-        engine = await asyncio.to_thread(Engine.load, plan.path, plan.dtype, packed=plan.packed, settings=plan.engine)
+        engine = await asyncio.to_thread(Engine.load, plan.path, plan.dtype, plan.device, plan.packed, plan.engine)
         self._app = create_app(engine, plan.server)
         self._life = self._app.router.lifespan_context(self._app)
         await self._life.__aenter__()
@@ -254,10 +255,10 @@ def launch_replicas(count: int, plan: Plan, host: str, port: int, console: Conso
 
 
 def application(count: int, plan: Plan, cores: float) -> Any:
-    """The Ray Serve application: a front, and `count` replicas of `cores` each."""
+    """The Ray Serve application: a front, and `count` replicas of `cores` each, and of one GPU each where they compute on them."""
     deployment = serve.deployment(Replica).options(
         num_replicas=1, max_ongoing_requests=4096, graceful_shutdown_timeout_s=plan.server.drain_seconds, health_check_period_s=5,
-        ray_actor_options={"num_cpus": cores})
+        ray_actor_options={"num_cpus": cores, "num_gpus": int(plan.device != "cpu")})
     replicas = [deployment.options(name=f"replica-{number}").bind(plan) for number in range(count)]
     front = serve.deployment(Front).options(num_replicas=1, max_ongoing_requests=1 << 14, graceful_shutdown_timeout_s=plan.server.drain_seconds,
                                             ray_actor_options={"num_cpus": 0})

@@ -29,7 +29,7 @@ def plan(tmp_path_factory):
     tokenizer, folder = Tokenizer.train(("the quick brown fox", "0123456789"), 340), tmp_path_factory.mktemp("model")
     save_model(random_model(small_config([4, 128], vocab_size=tokenizer.vocab_size)), folder)
     tokenizer.save(folder)
-    return Plan(folder, torch.float32, False, SETTINGS, threads=1)
+    return Plan(folder, torch.float32, "cpu", False, SETTINGS, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ from fathom.engine.sampler import Sampling
 from fathom.engine.settings import EngineSettings
 
 if __name__ == "__main__":
-    engine = RemoteEngine(Plan(Path(sys.argv[1]), torch.float32, False, EngineSettings(cache_bytes=4 << 20), 1))
+    engine = RemoteEngine(Plan(Path(sys.argv[1]), torch.float32, "cpu", False, EngineSettings(cache_bytes=4 << 20), 1))
     if sys.argv[2] == "busy":
         engine.add(Request((40, 41), Sampling(max_tokens=3000, ignore_eos=True)))
     print(engine._process.pid, flush=True)

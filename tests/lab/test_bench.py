@@ -112,6 +112,7 @@ def test_a_peer_trains_and_decodes(model, monkeypatch):
     (["decode", "--batch", "0"], "batch is 0"),
     (["train", "--mtp", "-1"], "mtp is -1.0"),
     (["train", "--threads", "0"], "threads is 0"),
+    (["decode", "--lengths", "64", "--device", "abacus"], "device is 'abacus'; here are: cpu"),
     (["prefill", "--against", "llama"], "unknown peer 'llama'; allowed: transformers"),
     (["prefill", "--lengths", "64", "--out", "."], "cannot write ."),
 ])

@@ -208,7 +208,7 @@ def test_an_engine_that_fails_says_so(serve):
 def test_an_engine_whose_process_dies_says_so(serve, tmp_path):
     """Killed while an answer is written; what asks for it then, and later, is told."""
     save_tiny(tmp_path)
-    engine = RemoteEngine(Plan(tmp_path, torch.float32, False, EngineSettings(cache_bytes=4 << 20), threads=1))
+    engine = RemoteEngine(Plan(tmp_path, torch.float32, "cpu", False, EngineSettings(cache_bytes=4 << 20), threads=1))
     server = serve(engine)
     slow = dial(server, chat(**ENDLESS))
     assert wait(lambda: server.app.state.context.service.stats.running == 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fathom.checkpoint.layouts import FLOAT32
 from fathom.checkpoint.names import places
 from fathom.data.packing import Batch
+from fathom.devices import use_device
 from fathom.engine.engine import dtype_of
 from fathom.engine.settings import EngineSettings
 from fathom.lab.bench.measure import measure, serve
@@ -29,7 +30,7 @@ class Fathom:
     settings = ("",)
 
     def __init__(self, case: Case):
-        self.model = cast(Transformer(case.config).initialise(case.seed), dtype_of(case.dtype)).eval()
+        self.model = cast(Transformer(case.config).initialise(case.seed), dtype_of(case.dtype)).to(use_device(case.device)).eval()
         self.chunk, self.mtp = case.chunk or EngineSettings.prefill_chunk, case.mtp
         self.optimizer: Optimizer | None = None
         self.facts: dict[str, Any] = {}
@@ -53,7 +54,7 @@ class Fathom:
             self.optimizer = Optimizer(self.model.named_parameters(), self.model.config, Muon(), AdamW())
         self.optimizer.zero_grad()
         target_BS = torch.cat([token_BS[:, 1:], torch.full_like(token_BS[:, :1], IGNORE)], 1)
-        position_BS = torch.arange(token_BS.shape[1]).expand(token_BS.shape)
+        position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand(token_BS.shape)
         losses = objective(self.model, Batch(token_BS, target_BS, position_BS), LossWeights(), self.mtp, "sparse")
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), Loop().clip_norm)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fathom.devices import finish, use_device
 from fathom.lab.bench.plan import DECODE_WARM_UP, Case, decode_tokens
 
 try:
@@ -53,22 +54,25 @@ def serve(measurement: Callable[[str], dict[str, Any]]) -> None:
 
 
 def measure(case: Case, load: Callable[[Case], Subject]) -> dict[str, Any]:
-    """Seconds of each timed run, and the process's memory: with the weights only, and its peak from then on."""
+    """Seconds of each timed run, and the memory of the process, or of its accelerator: with the weights only, and the peak from then on."""
     if case.threads:
         torch.set_num_threads(case.threads)
+    device = use_device(case.device)
     subject = load(case)
-    before = _reset_peak()
+    before = _reset_peak(device)
     token_BS = torch.randint(0, case.config.vocab_size, (case.batch, case.length),
-                             generator=torch.Generator().manual_seed(case.seed))
+                             generator=torch.Generator().manual_seed(case.seed)).to(device)
     seconds = {"prefill": _prefill, "decode": _decode, "train": _train}[case.kind](case, subject, token_BS)
-    return {"seconds": seconds, "bytes_before": before, "bytes_peak": _memory()[1], "threads": torch.get_num_threads(),
+    return {"seconds": seconds, "bytes_before": before, "bytes_peak": _memory(device)[1], "threads": torch.get_num_threads(),
             "chunk": subject.chunk if case.kind != "train" else None} | subject.facts
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Seconds that a call takes."""
+    """Seconds that a call takes, until an accelerator has done it too."""
+    finish()
     began = time.perf_counter()
     run()
+    finish()
     return time.perf_counter() - began
 
 
@@ -105,9 +109,12 @@ def _read(subject: Subject, cache: Any, token_BS: Tensor) -> None:
         subject.feed(cache, chunk_BS)
 
 
-def _reset_peak() -> int:
+def _reset_peak(device: torch.device) -> int:
     """Give freed memory back, forget the peak, and return the bytes in memory now."""
     gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        return _memory(device)[0]
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
@@ -116,11 +123,13 @@ def _reset_peak() -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass  # the peak then counts from the start of the process
-    return _memory()[0]
+    return _memory(device)[0]
 
 
-def _memory() -> tuple[int, int]:
+def _memory(device: torch.device) -> tuple[int, int]:
     """Bytes in memory now and at most; where the system tells only the latter, that twice."""
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device), torch.accelerator.max_memory_allocated(device)
     if STATUS.exists():
         lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
         if "VmRSS" in lines and "VmHWM" in lines:

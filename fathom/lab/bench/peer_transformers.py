@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+from fathom.devices import use_device
 from fathom.engine.engine import dtype_of
 from fathom.lab.bench.measure import measure, serve
 from fathom.lab.bench.plan import Case
@@ -36,6 +37,7 @@ class Transformers:
             if name.endswith("tid2eid"):
                 buffer.copy_(balanced_table(*shape, torch.Generator().manual_seed(case.seed)))
         self._cast(dtype_of(case.dtype))
+        self.model.to(use_device(case.device))
         self.optimizer: torch.optim.Optimizer | None = None
         self.settings = ("grouped_mm", "batched_mm")
         self.facts: dict[str, Any] = {"version": transformers.__version__, "experts": "grouped_mm", "compiled": can_compile()}

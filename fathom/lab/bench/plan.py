@@ -46,6 +46,7 @@ class Case:
     steps: int = DECODE_STEPS
     mtp: float = 0.0  # weight of the MTP loss
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -74,6 +75,7 @@ class Plan:
     against: str | None = None
     peer_dtype: str | None = None  # `dtype`, unless given
     seed: int = 0
+    device: str = "cpu"  # whether it is here, the first process says
 
     def __post_init__(self):
         for name in (self.dtype, self.peer_dtype or self.dtype):
@@ -131,7 +133,7 @@ class Plan:
         if not mtp:
             config = dataclasses.replace(config, num_nextn_predict_layers=0,
                                          compress_ratios=config.compress_ratios[:config.num_hidden_layers])
-        shared: dict[str, Any] = dict(config=config, repeats=self.repeats, threads=self.threads, seed=self.seed)
+        shared: dict[str, Any] = dict(config=config, repeats=self.repeats, threads=self.threads, seed=self.seed, device=self.device)
         for length, batch in sizes:
             if length + further > config.max_position_embeddings:
                 raise BenchError(f"length {length} is too long for the model: max_position_embeddings is "

@@ -99,10 +99,12 @@ def _machine(report: dict[str, Any]) -> str:
     ceilings = report["ceilings"]
     if not ceilings:
         return f"{report['machine']['processor']}, {report['machine']['cores']} cores"
+    rates = f"{matmul(ceilings, 'float32'):.0f} GFLOP/s float32, {matmul(ceilings, 'bfloat16'):.0f} bfloat16, {ceilings['read']:.0f} GB/s"
+    if "device" in ceilings:
+        return f"{ceilings['device']}: {rates}"
     threads = "thread" if ceilings["threads"] == 1 else "threads"
     without = "" if ceilings.get("kernels", True) else "; no kernels in C"
-    return (f"{report['machine']['processor']}, {ceilings['threads']} {threads}: {matmul(ceilings, 'float32'):.0f} GFLOP/s "
-            f"float32, {matmul(ceilings, 'bfloat16'):.0f} bfloat16, {ceilings['read']:.0f} GB/s{without}")
+    return f"{report['machine']['processor']}, {ceilings['threads']} {threads}: {rates}{without}"
 
 
 def _number(value: float) -> str:

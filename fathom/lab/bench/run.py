@@ -61,12 +61,14 @@ def _measure(plan: Plan, cases: list[Case], report: dict[str, Any], out: Path | 
                   console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("the machine's ceilings", total=len(cases))
         try:
-            report["ceilings"] = run_child(CEILINGS, json.dumps({"threads": plan.threads}), plan.threads)
+            report["ceilings"] = run_child(CEILINGS, json.dumps({"threads": plan.threads, "device": plan.device}), plan.threads)
         except Failure as failure:
+            if "InputError" in str(failure):
+                raise BenchError(str(failure).split("InputError: ")[-1]) from None
             console.print(f"the machine's ceilings: {failure}", soft_wrap=True)
         for case in cases:
             row = {"kind": case.kind, "length": case.length, "batch": case.batch, "program": case.program, "dtype": case.dtype,
-                   "repeats": case.repeats, "mtp": case.mtp}
+                   "device": case.device, "repeats": case.repeats, "mtp": case.mtp}
             label, began = f"{name_of(row)}, {case.dtype}, {case.program}", time.monotonic()
             progress.update(task, description=label)
             try:
