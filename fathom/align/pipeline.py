@@ -23,6 +23,7 @@ from rich.console import Console
 
 from fathom import recipe as recipes
 from fathom.align.environments.base import EFFORTS, SEEDS, Environment
+from fathom.align.rollout import environments_named
 from fathom.checkpoint.training import list_checkpoints
 from fathom.data.recall import repeating_texts
 from fathom.errors import FathomError, RecipeError
@@ -118,9 +119,12 @@ class StageFailed(FathomError):
 
 
 def run_pipeline(recipe: Pipeline, root: Path, known: Mapping[str, Environment], report: Callable[[Pipeline], Path], console: Console) -> Path:
-    """Run what is missing and write the report; its path. KeyboardInterrupt after Ctrl-C or SIGTERM, with every stage stopped and saved."""
+    """Run what is missing and write the report; its path. KeyboardInterrupt after Ctrl-C or SIGTERM, with every stage stopped and saved.
+    InputError for an environment that does not exist.
+    """
     run = Path(recipe.run)
     with alone_in(run):
+        environments_named((*recipe.environments, *recipe.budget_environments), known)
         began = time.monotonic()
         write_text(run / "recipe.toml", recipes.dump(recipe))
         try:

@@ -75,6 +75,7 @@ def test_average_makes_a_model_that_opens(model, tmp_path, monkeypatch, capsys):
     (["distill", "{recipes}/distill.toml", "--set", "base={model}", "--set", "run={tmp}/r"], "neither a model folder"),
     (["sft", "{recipes}/specialist.toml", "--set", "base={model}", "--set", "run={tmp}/r", "--set", "demonstrations.levels=[9]"], "math has 1 to 6"),
     (["pipeline", "{recipes}/grpo.toml"], "unknown key"),
+    (["pipeline", "{recipes}/pipeline.toml", "--set", 'budget_environments=["maths"]'], "environment 'maths' does not exist"),
     (["average", "{tmp}/none", "--out", "{tmp}/x"], "neither a model folder"),
 ])
 def test_what_cannot_work_is_one_line_and_exit_code_2(model, tmp_path, monkeypatch, capsys, arguments, words):
