@@ -24,8 +24,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fathom.ops.attention import Entries, Window
-from fathom.ops.triton import attention, compress, entry_mass, experts, index_topk, linear, losses, norm_rotary, streams
+from fathom.ops.triton import attention, compress, entry_mass, experts, index_topk, linear, losses, norm_rotary, rounding, streams
 from fathom.quant.formats import quantise_fp4, quantise_fp8
+from fathom.quant.records import EntryRecord, KeyRecord
 
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
@@ -101,6 +102,11 @@ def call_operators(dtype: torch.dtype, W: int, H: int, D: int, F: int, index_D: 
     backward(norm_rotary.rms_normalise_triton(new(1, S, W), 1e-6, new(W)))
     backward(norm_rotary.rotate_triton(new(1, S, H, D), turn[:, :, None]))
     backward(*norm_rotary.low_rank_queries_triton(new(1, S, H * D), *3 * (torch.nn.Identity(),), H, turn, 1e-6))
+    for record, vectors in ((EntryRecord(D, 64, dtype), new(1, S, D).detach()), (KeyRecord(index_D, dtype), new(1, S, index_D).detach())):
+        rounding.unpack_triton(rounding.pack_triton(vectors, record), record)
+    rounding.round_inputs_triton(new(1, S, W).detach())
+    rounding.round_entries_triton(new(1, S, D).detach(), 64)
+    rounding.round_index_triton(new(1, S, index_D).detach())
     call_attention(dtype, S, M, H, D, K)
     q, weight, keys = new(1, S, 64, index_D), new(1, S, 64), new(1, M, index_D)
     backward(index_topk.index_scores_triton(q, weight, keys))

@@ -26,7 +26,7 @@ from fathom.config import ModelConfig
 from fathom.errors import FathomError, InputError
 from fathom.model.attention import Attention
 from fathom.model.transformer import Transformer
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.qat import LAYOUT
 

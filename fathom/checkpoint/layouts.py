@@ -29,7 +29,7 @@ from fathom.quant.formats import (
     quantise_fp4,
     quantise_fp8,
 )
-from fathom.quant.rounding import Rounding
+from fathom.ops.rounding import Rounding
 
 Layout = Literal["official-fp4", "official-fp8", "bf16", "fp32"]
 LAYOUTS: tuple[Layout, ...] = ("official-fp4", "official-fp8", "bf16", "fp32")

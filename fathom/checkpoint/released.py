@@ -34,7 +34,7 @@ from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
 from fathom.quant.formats import E4M3, E8M0, Packed
-from fathom.quant.rounding import ReleasedRounding
+from fathom.ops.rounding import ReleasedRounding
 
 SHARD_BYTES = 2 << 30
 _PACKED_DTYPES = (E4M3, E8M0, torch.int8)

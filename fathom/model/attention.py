@@ -12,7 +12,7 @@ from fathom.model.compressor import Compressor
 from fathom.model.indexer import Indexer
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
-from fathom.quant.rounding import EXACT
+from fathom.ops.rounding import EXACT
 
 # What a training forward reads and teaches: all visible entries and no indexer ("dense", the first stage), all visible entries,
 # from which the indexer learns ("warmup"), or the indexer's selection, from which it goes on learning ("sparse"). None:

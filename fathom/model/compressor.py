@@ -13,7 +13,7 @@ from fathom.config import kind_of_ratio
 from fathom.model.cache import Stream
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
-from fathom.quant.rounding import EXACT
+from fathom.ops.rounding import EXACT
 
 
 class Compressor(nn.Module):

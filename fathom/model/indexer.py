@@ -13,7 +13,7 @@ from fathom.model.cache import Stream
 from fathom.model.compressor import Compressor
 from fathom.model.layers import Linear
 from fathom.model.layout import Layout
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 
 
 class Indexer(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fathom import ops
 from fathom.config import RopeScaling
 from fathom.quant.formats import Packed
-from fathom.quant.rounding import EXACT
+from fathom.ops.rounding import EXACT
 
 
 class Linear(nn.Module):

@@ -10,7 +10,7 @@ from fathom.config import ModelConfig
 from fathom.model.layers import Linear
 from fathom.model.layout import Layout
 from fathom.quant.formats import Packed
-from fathom.quant.rounding import EXACT
+from fathom.ops.rounding import EXACT
 
 
 class Routing(NamedTuple):

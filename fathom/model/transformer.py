@@ -21,7 +21,7 @@ from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
 from fathom.model.moe import Router, balanced_table
 from fathom.model.mtp import MTPBlock
-from fathom.quant.rounding import EXACT
+from fathom.ops.rounding import EXACT
 
 
 class Output(NamedTuple):

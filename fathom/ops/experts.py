@@ -7,7 +7,7 @@ from torch import Tensor
 from fathom.ops.dispatch import composed, op
 from fathom.ops.linear import Layer, Matrix, linear
 from fathom.ops.precision import wide
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 
 
 @op

@@ -9,7 +9,7 @@ from fathom.ops.dispatch import composed
 from fathom.ops.linear import Layer, Matrix, grouped_linear
 from fathom.ops.norm import rms_normalise
 from fathom.ops.rotary import rotate
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 
 
 @composed

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fathom.ops.dispatch import op
 from fathom.quant.formats import Packed, dequantise
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 
 Matrix = Tensor | Packed
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from fathom.checkpoint.layouts import Layout, quantised_in, rounded_weights, use_rounding
 from fathom.model.transformer import Transformer
-from fathom.quant.rounding import EXACT, ReleasedRounding
+from fathom.ops.rounding import EXACT, ReleasedRounding
 
 LAYOUT: Layout = "official-fp4"
 

@@ -15,7 +15,7 @@ from fathom.accounting import released_cache_bytes
 from fathom.checkpoint.layouts import use_rounding
 from fathom.checkpoint.released import save_model
 from fathom.errors import InputError
-from fathom.quant.rounding import ReleasedRounding
+from fathom.ops.rounding import ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
 
 ODD = small_config([0, 4, 128, 3, 17], sliding_window=20, num_hash_layers=2, hidden_size=72, head_dim=100, qk_rope_head_dim=16,

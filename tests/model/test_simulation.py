@@ -13,8 +13,8 @@ from fathom.checkpoint.layouts import LAYOUTS
 from fathom.checkpoint.names import released_name
 from fathom.checkpoint.released import save_model
 from fathom.model.layers import Linear
-from fathom.quant import rounding as rounding_module
-from fathom.quant.rounding import EXACT, ReleasedRounding
+from fathom.ops import rounding as rounding_module
+from fathom.ops.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
 from tests.quant.oracle import E2M1_TABLE, E4M3_TABLE, blocks_by_definition, spread, sylvester
 

@@ -9,7 +9,7 @@ from fathom.model.layers import Linear, RMSNorm
 from fathom.ops.native.library import library
 from fathom.quant.formats import E8M0
 from fathom.quant.records import EntryRecord, KeyRecord
-from fathom.quant.rounding import EXACT, ReleasedRounding
+from fathom.ops.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
 from tests.ops import test_linear
 from tests.ops.test_native import DTYPES, native, random

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fathom import ops
 from fathom.ops.native.library import library
 from fathom.quant.formats import E8M0, Packed, dequantise
-from fathom.quant.rounding import EXACT, ReleasedRounding
+from fathom.ops.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
 from tests.ops import test_attention, test_index_topk, test_linear, test_streams
 
@@ -300,7 +300,7 @@ import torch
 from fathom import ops
 from fathom.ops.native.library import library
 from fathom.quant.formats import E8M0, Packed, dequantise
-from fathom.quant.rounding import EXACT, ReleasedRounding
+from fathom.ops.rounding import EXACT, ReleasedRounding
 with torch.no_grad():
     print(library() is not None, ops.linear(torch.ones(1, 64), torch.ones(64, 64)).sum().item())
 """

@@ -13,7 +13,7 @@ from fathom.quant.records import (
     entry_bytes,
     key_bytes,
 )
-from fathom.quant.rounding import ReleasedRounding
+from fathom.ops.rounding import ReleasedRounding
 from tests.quant.oracle import (
     E2M1_TABLE,
     E4M3_TABLE,

@@ -6,7 +6,7 @@ import torch
 import fathom
 from fathom.checkpoint.released import save_model
 from fathom.checkpoint.training import find_model
-from fathom.quant.rounding import EXACT
+from fathom.ops.rounding import EXACT
 from fathom.train.qat import released_numbers
 from tests.models import random_model, random_tokens, small_config
 from tests.runs import fathom as run_fathom

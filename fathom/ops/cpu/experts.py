@@ -13,7 +13,7 @@ from fathom.ops.cpu.products import rounded_rows, times
 from fathom.ops.experts import routed_experts
 from fathom.ops.linear import Matrix
 from fathom.ops.precision import wide
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 
 _FEW_PAIRS = 64
 

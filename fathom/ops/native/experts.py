@@ -7,7 +7,7 @@ from fathom.ops.experts import routed_experts, swiglu_expert
 from fathom.ops.linear import Layer, Matrix
 from fathom.ops.native.library import ROUNDS, kind_of, known, library, places, plain, projects, reads, ready, runs, threads, used
 from fathom.ops.native.linear import most_rows
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 
 _PAIRS, _SHARE = 512, 16  # pairs, and pairs for each expert there is: above either, products of many rows are faster
 

@@ -7,7 +7,7 @@ from fathom.ops.heads import index_queries, join_heads, low_rank_queries, shared
 from fathom.ops.linear import Layer, Matrix, Projection
 from fathom.ops.native.library import kind_of, known, library, places, plain, projects, ready, used
 from fathom.ops.native.linear import most_rows
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 
 _GROUP = 16  # rows of a matrix that are read together: a group of heads has whole ones
 

@@ -19,7 +19,7 @@ from fathom.ops.linear import Matrix
 from fathom.ops.triton.launch import NAME, runs
 from fathom.ops.triton.linear import reads, stored, warps, weight_tile
 from fathom.quant.formats import Packed
-from fathom.quant.rounding import EXACT, Rounding
+from fathom.ops.rounding import EXACT, Rounding
 
 _TILE = 64  # channels of a weight's tile, both ways
 _FEW_PAIRS, _MANY_PAIRS = 16, 64  # in a tile

@@ -10,15 +10,18 @@ NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def runs(*tensors: Tensor) -> bool:
-    """Whether kernels take these tensors [...]: float32 or bfloat16 ones on the current GPU (Triton launches there, wherever the tensors are),
-    or on CPU where the interpreter is asked for by name.
+def here(*tensors: Tensor) -> bool:
+    """Whether kernels reach these tensors [...]: they are on the current GPU (Triton launches there, wherever the tensors are), or on CPU where
+    the interpreter is asked for by name.
     """
     if any(x.is_cuda for x in tensors):
-        here = all(x.is_cuda and x.device.index == torch.cuda.current_device() for x in tensors)
-    else:
-        here = triton.knobs.runtime.interpret and preferred() == NAME
-    return here and all(x.dtype in DTYPES for x in tensors)
+        return all(x.is_cuda and x.device.index == torch.cuda.current_device() for x in tensors)
+    return triton.knobs.runtime.interpret and preferred() == NAME
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Whether kernels take these tensors [...]: float32 or bfloat16 ones that they reach."""
+    return here(*tensors) and all(x.dtype in DTYPES for x in tensors)
 
 
 def power_of_two(size: int) -> int:

@@ -38,7 +38,7 @@ def reads(weight: Packed, device: torch.device) -> bool:
 
 
 @triton.jit
-def _scale_numbers(raw):
+def scale_numbers(raw):
     """Scales in float32: of e8m0's exponents they are the exponent's bits, but for 2^-127, which has none."""
     if raw.dtype == tl.uint8:
         exponent = raw.to(tl.int32)
@@ -48,7 +48,7 @@ def _scale_numbers(raw):
 
 
 @triton.jit
-def _fp8_numbers(code):
+def fp8_numbers(code):
     """E4M3 in float32: its bits are those of a float16 of 2^-8 the size, subnormal ones too; 127 is no number."""
     code = code.to(tl.int16)
     half = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.float16, bitcast=True)
@@ -56,7 +56,7 @@ def _fp8_numbers(code):
 
 
 @triton.jit
-def _fp4_numbers(code):
+def fp4_numbers(code):
     """E2M1 in float32: its bits are those of a float16 of 2^-14 the size, subnormal ones too."""
     code = code.to(tl.int16)
     return ((code & 8) << 12 | (code & 7) << 9).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
@@ -69,15 +69,15 @@ def weight_tile(codes, scale, first_o, first_i, O, I, DTYPE: tl.constexpr, TILE_
     if codes.dtype.element_ty == tl.uint8:
         # code * scale[o // 128, i // 128]: one scale, since the tile's sides divide 128
         code_oi = tl.load(codes + o[:, None] * I + i[None, :], mask=(o[:, None] < O) & (i[None, :] < I), other=0)
-        tile_oi = _fp8_numbers(code_oi) * _scale_numbers(tl.load(scale + first_o // 128 * ((I + 127) // 128) + first_i // 128))
+        tile_oi = fp8_numbers(code_oi) * scale_numbers(tl.load(scale + first_o // 128 * ((I + 127) // 128) + first_i // 128))
     elif codes.dtype.element_ty == tl.int8:
         # code * scale[o, i // 32], the even input in the low nibble
         byte, block = first_i // 2 + tl.arange(0, TILE_I // 2), first_i // 32 + tl.arange(0, TILE_I // 32)
         byte_ob = tl.load(codes + o[:, None] * (I // 2) + byte[None, :], mask=(o[:, None] < O) & (byte[None, :] < I // 2), other=0)
         blocks = (I + 31) // 32
         scale_ob = tl.load(scale + o[:, None] * blocks + block[None, :], mask=(o[:, None] < O) & (block[None, :] < blocks), other=0)
-        number_oi = _fp4_numbers(tl.interleave(byte_ob & 15, byte_ob >> 4 & 15))
-        number_obi = tl.reshape(number_oi, [TILE_O, TILE_I // 32, 32]) * _scale_numbers(scale_ob)[:, :, None]
+        number_oi = fp4_numbers(tl.interleave(byte_ob & 15, byte_ob >> 4 & 15))
+        number_obi = tl.reshape(number_oi, [TILE_O, TILE_I // 32, 32]) * scale_numbers(scale_ob)[:, :, None]
         tile_oi = tl.reshape(number_obi, [TILE_O, TILE_I])
     else:
         tile_oi = tl.load(codes + o[:, None] * I + i[None, :], mask=(o[:, None] < O) & (i[None, :] < I), other=0.0)

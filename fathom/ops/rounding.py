@@ -1,13 +1,33 @@
 """One object that says how a model rounds while it computes; handed to the parts that round, which call it and ask nothing.
 
 `EXACT` leaves numbers as they are. `ReleasedRounding` is the released inference code's (report 2.3.4, 5.2.1), with gradients that
-pass straight through, so that the same object serves quantisation-aware training.
+pass straight through, so that the same object serves quantisation-aware training. The three ways it rounds are operators.
 """
 
 import torch
 from torch import Tensor
 
+from fathom.ops.dispatch import op
 from fathom.quant.formats import ACTIVATION_BLOCK, ENTRY_BLOCK, hadamard, round_fp4, round_fp8
+
+
+@op
+def round_inputs(x: Tensor) -> Tensor:
+    """x [..., C] in FP8 with one scale for each 128 channels, in the dtype of x, without gradients."""
+    return round_fp8(x, ACTIVATION_BLOCK)
+
+
+@op
+def round_entries(kv: Tensor, rotary_channels: int) -> Tensor:
+    """kv [..., D] with all but the trailing rotary channels in FP8, a scale for each 64, in the dtype of kv, without gradients."""
+    plain, rotary = kv.split([kv.shape[-1] - rotary_channels, rotary_channels], -1)
+    return torch.cat([round_fp8(plain, ENTRY_BLOCK), rotary], -1)
+
+
+@op
+def round_index(x: Tensor) -> Tensor:
+    """x [..., D] turned (Hadamard) and in MXFP4, in the dtype of x, without gradients."""
+    return round_fp4(hadamard(x))
 
 
 class Rounding:
@@ -37,17 +57,15 @@ class ReleasedRounding(Rounding):
 
     def inputs(self, x: Tensor) -> Tensor:
         """Inputs [..., C] in FP8."""
-        return _StraightThrough.apply(x, round_fp8(x.detach(), ACTIVATION_BLOCK))
+        return _StraightThrough.apply(x, round_inputs(x.detach()))
 
     def entries(self, kv: Tensor) -> Tensor:
         """Entries [..., D] with all but the trailing rotary channels in FP8."""
-        plain, rotary = kv.detach().split([kv.shape[-1] - self.rotary_channels, self.rotary_channels], -1)
-        return _StraightThrough.apply(kv, torch.cat([round_fp8(plain, ENTRY_BLOCK), rotary], -1))
+        return _StraightThrough.apply(kv, round_entries(kv.detach(), self.rotary_channels))
 
     def index(self, x: Tensor) -> Tensor:
         """Index vectors [..., D] turned and in MXFP4."""
-        turned = hadamard(x)
-        return _StraightThrough.apply(turned, round_fp4(turned.detach()))
+        return _TurnedStraightThrough.apply(x, round_index(x.detach()))
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -60,3 +78,11 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _TurnedStraightThrough(_StraightThrough):
+    """The same for numbers that were turned before; turning is its own inverse and transpose."""
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return hadamard(grad), None

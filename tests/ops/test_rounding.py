@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fathom.quant.formats import hadamard, round_fp4
-from fathom.quant.rounding import EXACT, ReleasedRounding, Rounding
+from fathom.ops.rounding import EXACT, ReleasedRounding, Rounding
 from tests.quant.oracle import (
     E2M1_TABLE,
     E4M3_TABLE,
