@@ -12,7 +12,6 @@ from fathom.model.compressor import Compressor
 from fathom.model.indexer import Indexer
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
-from fathom.ops.rounding import EXACT
 
 # What a training forward reads and teaches: all visible entries and no indexer ("dense", the first stage), all visible entries,
 # from which the indexer learns ("warmup"), or the indexer's selection, from which it goes on learning ("sparse"). None:
@@ -23,7 +22,7 @@ Phase = Literal["dense", "warmup", "sparse"] | None
 class Attention(nn.Module):
     """One layer's attention, of the kind that its compression ratio names: window only, CSA or HCA."""
 
-    rounding = EXACT  # of keys, entries and index vectors
+    rounding = ops.EXACT  # of keys, entries and index vectors
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()

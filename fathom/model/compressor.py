@@ -13,7 +13,6 @@ from fathom.config import kind_of_ratio
 from fathom.model.cache import Stream
 from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
-from fathom.ops.rounding import EXACT
 
 
 class Compressor(nn.Module):
@@ -29,7 +28,7 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(channels, norm_eps)
 
     def forward(self, x_BSW: Tensor, layout: Layout, stream: Stream | None,
-                rounded: Callable[[Tensor], Tensor] = EXACT.entries) -> Tensor:
+                rounded: Callable[[Tensor], Tensor] = ops.EXACT.entries) -> Tensor:
         """All entries of the rows so far [B, M, D], new ones `rounded`; those of `stream` first, which is brought up to date."""
         blocks = layout.blocks[self.ratio]
         raw_BJC = ops.compressor_inputs(x_BSW, self.value, self.gate, self.position_bias, layout.position_BS)

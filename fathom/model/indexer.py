@@ -13,7 +13,6 @@ from fathom.model.cache import Stream
 from fathom.model.compressor import Compressor
 from fathom.model.layers import Linear
 from fathom.model.layout import Layout
-from fathom.ops.rounding import EXACT, Rounding
 
 
 class Indexer(nn.Module):
@@ -27,7 +26,7 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config.hidden_size, config.index_head_dim, ratio, config.rms_norm_eps)
 
     def forward(self, x_BSW: Tensor, latent_BSR: Tensor, layout: Layout,
-                stream: Stream | None, rounding: Rounding = EXACT) -> tuple[Tensor, Tensor, Tensor]:
+                stream: Stream | None, rounding: ops.Rounding = ops.EXACT) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, H, D], head weights [B, S, H] and keys [B, M, D], from which scores are made."""
         q_BSHD = ops.index_queries(latent_BSR, self.query_up, self.heads, layout.compressed_turn_BSC, rounding)
         return q_BSHD, self.head_weights(x_BSW), self.compressor(x_BSW, layout, stream, rounding.index)

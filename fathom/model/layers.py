@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fathom import ops
 from fathom.config import RopeScaling
 from fathom.quant.formats import Packed
-from fathom.ops.rounding import EXACT
 
 
 class Linear(nn.Module):
@@ -20,7 +19,7 @@ class Linear(nn.Module):
     from outside, where weights are stored in FP8 or FP4.
     """
 
-    rounding = EXACT
+    rounding = ops.EXACT
 
     def __init__(self, inputs: int, outputs: int, wide: bool = False):
         super().__init__()

@@ -10,7 +10,6 @@ from fathom.config import ModelConfig
 from fathom.model.layers import Linear
 from fathom.model.layout import Layout
 from fathom.quant.formats import Packed
-from fathom.ops.rounding import EXACT
 
 
 class Routing(NamedTuple):
@@ -48,7 +47,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The weights of E SwiGLU experts: gate and up [E, F, W], down [E, W, F]; with scales beside them where they are packed."""
 
-    rounding = EXACT  # of the inputs of all products
+    rounding = ops.EXACT  # of the inputs of all products
 
     def __init__(self, config: ModelConfig):
         super().__init__()

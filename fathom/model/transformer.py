@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fathom import ops
 from fathom.config import ModelConfig
 from fathom.errors import InputError
 from fathom.model.attention import Phase
@@ -21,7 +22,6 @@ from fathom.model.layers import Linear, RMSNorm
 from fathom.model.layout import Layout
 from fathom.model.moe import Router, balanced_table
 from fathom.model.mtp import MTPBlock
-from fathom.ops.rounding import EXACT
 
 
 class Output(NamedTuple):
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         `quantized`: entries and index keys in the released formats, which a model that rounds like the release can use
         (load_model(..., simulate_quantization=True)); InputError for another one.
         """
-        if quantized and self.blocks[0].attention.rounding is EXACT:
+        if quantized and self.blocks[0].attention.rounding is ops.EXACT:
             raise InputError("a quantized cache needs a model that rounds like the release; load it with "
                              "simulate_quantization=True")
         weight = self.embed.weight

@@ -47,7 +47,7 @@ from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import wide
 from fathom.ops.records import pack, unpack
 from fathom.ops.rotary import rotate
-from fathom.ops.rounding import round_entries, round_index, round_inputs
+from fathom.ops.rounding import EXACT, Rounding, round_entries, round_index, round_inputs
 from fathom.ops.routing import route
 from fathom.ops.streams import collapse_coefficients, open_streams, sinkhorn, stream_coefficients, streams_in, streams_out
 
@@ -55,10 +55,10 @@ if torch.cuda.is_available() and find_spec("triton"):
     import fathom.ops.triton.kernels  # noqa: F401  (registers them)
 
 __all__ = [
-    "IGNORE", "Entries", "Matrix", "Norm", "Projection", "Window", "attended_entries", "attention", "clamped_swiglu", "collapse_coefficients",
-    "compressor_inputs", "cross_entropy", "dense", "entry_mass", "grouped_attention", "grouped_linear", "index_divergence", "index_objective",
-    "index_queries", "index_scores", "index_topk", "join_heads", "key_mass", "linear", "low_rank_queries", "open_streams", "orthogonalize", "pack",
-    "pool_blocks", "reverse_kl", "rms_normalise", "rotate", "round_entries",
-    "round_index", "round_inputs", "route", "routed_experts", "sequence_balance", "shared_key", "sinkhorn",
-    "stream_coefficients", "streams_in", "streams_out", "swiglu_expert", "unpack", "using", "visible_entries", "wide",
+    "EXACT", "IGNORE", "Entries", "Matrix", "Norm", "Projection", "Rounding", "Window", "attended_entries", "attention", "clamped_swiglu",
+    "collapse_coefficients", "compressor_inputs", "cross_entropy", "dense", "entry_mass", "grouped_attention", "grouped_linear",
+    "index_divergence", "index_objective", "index_queries", "index_scores", "index_topk", "join_heads", "key_mass", "linear", "low_rank_queries",
+    "open_streams", "orthogonalize", "pack", "pool_blocks", "reverse_kl", "rms_normalise", "rotate", "round_entries", "round_index",
+    "round_inputs", "route", "routed_experts", "sequence_balance", "shared_key", "sinkhorn", "stream_coefficients", "streams_in", "streams_out",
+    "swiglu_expert", "unpack", "using", "visible_entries", "wide",
 ]

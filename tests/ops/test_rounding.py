@@ -82,8 +82,7 @@ def test_a_gradient_changes_no_bit_of_the_value_and_the_argument_stays(part, dty
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gradients_pass_straight_through(part, dtype):
     x, grad = spread((4, 128), 4).to(dtype).requires_grad_(), spread((4, 128), 5, -3, 3).to(dtype)
-    unrounded = hadamard(x) if part == "index" else x * 1
-    expected, = torch.autograd.grad(unrounded, x, grad)
+    expected = hadamard(grad) if part == "index" else grad
     got, = torch.autograd.grad(getattr(ReleasedRounding(64), part)(x), x, grad)
     assert_same_bits(got, expected)
 
