@@ -136,7 +136,9 @@ def run_pipeline(recipe: Pipeline, root: Path, known: Mapping[str, Environment],
 
 
 def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
-    """All stages, each after those that it needs and before its own scores."""
+    """All stages, each after those that it needs and before its own scores; what can begin at the same time in the order to begin it in, the
+    student first, since what comes last waits for it.
+    """
     run, found = Path(recipe.run), []
 
     def toml(*names: str) -> str:
@@ -158,14 +160,14 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
         model = str((root / size.model).resolve())
         base = add(f"{s}/base", "train", toml(f"base-{s}", "base"), (), [*sources, str(tokenizer / "tokenizer.json"), model], model=model,
                    data__sources=sources, data__tokenizer=str(tokenizer))
+        student = add(f"{s}/student", "sft", toml(f"student-{s}", "student"), [base], base=str(run / base),
+                      demonstrations__environments=list(recipe.environments))
         specialists = {}
         for name in recipe.environments if size.full else ():
             started = add(f"{s}/sft-{name}", "sft", toml(f"specialist-{name}", f"specialist-{s}", "specialist"), [base],
                           base=str(run / base), demonstrations__environments=[name])
             specialists[name] = add(f"{s}/grpo-{name}", "grpo", toml(f"grpo-{name}", f"grpo-{s}", "grpo"), [started],
                                     base=str(run / started), environments=[name])
-        student = add(f"{s}/student", "sft", toml(f"student-{s}", "student"), [base], base=str(run / base),
-                      demonstrations__environments=list(recipe.environments))
         taught_by = {name: specialists.get(name, f"{recipe.teachers_size}/grpo-{name}") for name in recipe.environments}
         teachers = [{"run": str(run / taught_by[name]), "environments": [name], "weight": weight, "share": share}
                     for name, weight, share in zip(recipe.environments, cycle(recipe.teacher_weights), cycle(recipe.teacher_shares), strict=False)]
@@ -218,6 +220,8 @@ class Runner:
     def __init__(self, run: Path, stages: Sequence[StageCommand], workers: int, console: Console):
         self.run_folder, self.stages, self.workers, self.console = run, stages, workers, console
         self.by_name = {stage.name: stage for stage in stages}
+        needed = {name for stage in stages for name in stage.after}
+        self.in_order = sorted(stages, key=lambda stage: stage.name not in needed)  # scores, for which nothing waits, fill the gaps
         self.done: set[str] = set()
         self._skip_done()
         self.running: dict[StageCommand, tuple[subprocess.Popen, float]] = {}
@@ -241,7 +245,7 @@ class Runner:
                 self.console.print(f"{stage.name}: done before", soft_wrap=True)
 
     def _start(self) -> None:
-        for stage in self.stages:
+        for stage in self.in_order:
             waits = stage.name in self.done or stage in self.running or not self.done.issuperset(stage.after)
             if not waits and len(self.running) < self.workers:
                 resumes = self._continues(stage)

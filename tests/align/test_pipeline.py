@@ -93,6 +93,7 @@ def test_the_recipes_in_the_tree_fit_every_stage():
         if verb in kinds:
             settings = recipes.load(kinds[verb], path, rest[1::2])
             assert Path(settings.run) == one.makes and rest[0::2] == ["--set"] * (len(rest) // 2)
+    assert names.index("flash/student") < names.index("flash/sft-math")  # what comes last waits for the student
     grpo = next(stage for stage in found if stage.name == "flash/grpo-agent")
     assert grpo.arguments[1].endswith("grpo-agent.toml") and grpo.after == ("flash/sft-agent",)
     distilled = next(stage for stage in found if stage.name == "pro/distilled")  # taught by the specialists of flash
@@ -153,6 +154,12 @@ def test_two_run_at_a_time(tmp_path):
     gate.write_text("")
     runner.run()
     assert sorted(notes(tmp_path)) == sorted(f"{word} {name}" for name in "xyz" for word in ("begin", "end"))
+
+
+def test_what_others_wait_for_goes_first(tmp_path):
+    found = [stage(tmp_path, "a"), stage(tmp_path, "score", "a"), stage(tmp_path, "b", "a"), stage(tmp_path, "c", "b")]
+    Scripted(tmp_path, found, 1, QUIET).run()
+    assert notes(tmp_path)[::2] == ["begin a", "begin b", "begin score", "begin c"]
 
 
 def test_a_failed_stage_is_named_with_its_last_line_and_the_rest_goes_on_later(tmp_path):
