@@ -98,14 +98,14 @@ def call_operators(dtype: torch.dtype, W: int, H: int, D: int, F: int, index_D: 
     backward(compress.pool_blocks_triton(new(2, 128, D), new(2, 128, D), torch.arange(256).view(2, 128), None, None))
     backward(losses.cross_entropy_triton(new(64, W), new(4096 + 16, W), torch.arange(64)))
     backward(losses.reverse_kl_triton(new(64, W), new(4096 + 16, W), new(64, 2 * W), new(4096 + 16, 2 * W)))
-    turn = torch.zeros(1, S, 32, dtype=torch.complex64)
+    turn = torch.zeros(1, S, D // 16, dtype=torch.complex64)
     backward(norm_rotary.rms_normalise_triton(new(1, S, W), 1e-6, new(W)))
     backward(norm_rotary.rotate_triton(new(1, S, H, D), turn[:, :, None]))
     backward(*norm_rotary.low_rank_queries_triton(new(1, S, H * D), *3 * (torch.nn.Identity(),), H, turn, 1e-6))
-    for record, vectors in ((EntryRecord(D, 64, dtype), new(1, S, D).detach()), (KeyRecord(index_D, dtype), new(1, S, index_D).detach())):
+    for record, vectors in ((EntryRecord(D, D // 8, dtype), new(1, S, D).detach()), (KeyRecord(index_D, dtype), new(1, S, index_D).detach())):
         rounding.unpack_triton(rounding.pack_triton(vectors, record), record)
     rounding.round_inputs_triton(new(1, S, W).detach())
-    rounding.round_entries_triton(new(1, S, D).detach(), 64)
+    rounding.round_entries_triton(new(1, S, D).detach(), D // 8)
     rounding.round_index_triton(new(1, S, index_D).detach())
     call_attention(dtype, S, M, H, D, K)
     q, weight, keys = new(1, S, 64, index_D), new(1, S, 64), new(1, M, index_D)

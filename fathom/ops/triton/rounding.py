@@ -14,7 +14,7 @@ from fathom.ops.rounding import round_entries, round_index, round_inputs
 from fathom.ops.triton.launch import DTYPES, NAME, here, power_of_two, runs
 from fathom.ops.triton.linear import fp4_numbers, fp8_numbers, scale_numbers
 from fathom.quant.formats import ACTIVATION_BLOCK, E2M1_MAX, ENTRY_BLOCK, FP4_BLOCK, SMALLEST_ACTIVATION
-from fathom.quant.records import EntryRecord, KeyRecord
+from fathom.quant.records import EntryRecord, KeyRecord, PlainRecord
 
 _SMALLEST_FP4 = E2M1_MAX * 2.0**-126  # so that a block of zeros has a scale too
 _TILE = 4096  # numbers that a program turns and rounds at once
@@ -200,7 +200,12 @@ def round_index_triton(x: Tensor) -> Tensor:
     return out
 
 
-@pack.register(NAME, supports=lambda x, record: type(record) in (EntryRecord, KeyRecord) and x.numel() > 0 and runs(x))
+def _released(record: PlainRecord) -> bool:
+    """Whether a record is one of the release's, with channels to round."""
+    return type(record) is KeyRecord or type(record) is EntryRecord and record.plain > 0
+
+
+@pack.register(NAME, supports=lambda x, record: _released(record) and x.numel() > 0 and runs(x))
 def pack_triton(x: Tensor, record: EntryRecord | KeyRecord) -> Tensor:
     """`pack` for records in the bytes of the release."""
     x, D = x.contiguous(), record.channels
@@ -214,7 +219,7 @@ def pack_triton(x: Tensor, record: EntryRecord | KeyRecord) -> Tensor:
 
 
 @unpack.register(NAME, supports=lambda records, record: (
-    type(record) in (EntryRecord, KeyRecord) and record.unpacked in DTYPES and records.numel() > 0 and here(records)))
+    _released(record) and record.unpacked in DTYPES and records.numel() > 0 and here(records)))
 def unpack_triton(records: Tensor, record: EntryRecord | KeyRecord) -> Tensor:
     """`unpack` [..., width] -> [..., D] for records in the bytes of the release; rows of a [B, M, width] may lie apart."""
     if records.dim() != 3 or records.stride()[1:] != (record.width, 1):

@@ -115,5 +115,6 @@ def test_what_the_kernels_do_not_take_is_left_to_the_definitions():
         for operator, *more in ((ops.round_inputs,), (ops.round_entries, 16), (ops.pack, EntryRecord(48, 16, torch.float32))):
             assert operator.choose(x[:0], *more)[0] == operator.choose(x.double(), *more)[0] == "definition"
         assert ops.round_entries.choose(x, 48)[0] == "definition"
+        assert ops.pack.choose(x, EntryRecord(48, 48, torch.float32))[0] == "definition"
         plain = PlainRecord(48, torch.bfloat16)
         assert ops.pack.choose(x, plain)[0] == ops.unpack.choose(x, plain)[0] == "definition"
