@@ -19,6 +19,7 @@ from fathom.model.attention import Attention
 from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
+from fathom.ops.rounding import Rounding
 from fathom.quant.formats import (
     E4M3,
     E8M0,
@@ -29,7 +30,6 @@ from fathom.quant.formats import (
     quantise_fp4,
     quantise_fp8,
 )
-from fathom.ops.rounding import Rounding
 
 Layout = Literal["official-fp4", "official-fp8", "bf16", "fp32"]
 LAYOUTS: tuple[Layout, ...] = ("official-fp4", "official-fp8", "bf16", "fp32")

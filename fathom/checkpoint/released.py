@@ -33,8 +33,8 @@ from fathom.files import new_folder
 from fathom.model.layers import Linear
 from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
-from fathom.quant.formats import E4M3, E8M0, Packed
 from fathom.ops.rounding import ReleasedRounding
+from fathom.quant.formats import E4M3, E8M0, Packed
 
 SHARD_BYTES = 2 << 30
 _PACKED_DTYPES = (E4M3, E8M0, torch.int8)

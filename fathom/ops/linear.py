@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.ops.dispatch import op
-from fathom.quant.formats import Packed, dequantise
 from fathom.ops.rounding import EXACT, Rounding
+from fathom.quant.formats import Packed, dequantise
 
 Matrix = Tensor | Packed
 

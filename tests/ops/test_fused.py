@@ -7,9 +7,9 @@ from torch import nn
 from fathom import ops
 from fathom.model.layers import Linear, RMSNorm
 from fathom.ops.native.library import library
+from fathom.ops.rounding import EXACT, ReleasedRounding
 from fathom.quant.formats import E8M0
 from fathom.quant.records import EntryRecord, KeyRecord
-from fathom.ops.rounding import EXACT, ReleasedRounding
 from tests.models import random_model, random_tokens, small_config
 from tests.ops import test_linear
 from tests.ops.test_native import DTYPES, native, random

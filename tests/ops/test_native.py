@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fathom import ops
 from fathom.ops.native.library import library
-from fathom.quant.formats import E8M0, Packed, dequantise
 from fathom.ops.rounding import EXACT, ReleasedRounding
+from fathom.quant.formats import E8M0, Packed, dequantise
 from tests.models import random_model, random_tokens, small_config
 from tests.ops import test_attention, test_index_topk, test_linear, test_streams
 

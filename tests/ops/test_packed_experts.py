@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fathom import ops
-from fathom.quant.formats import E4M3, E8M0, Packed, dequantise
 from fathom.ops.rounding import EXACT, ReleasedRounding
+from fathom.quant.formats import E4M3, E8M0, Packed, dequantise
 from tests.quant.oracle import E4M3_TABLE, blocks_by_definition
 
 LIMIT = 2.0

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fathom.quant.formats import hadamard, round_fp4
 from fathom.ops.rounding import EXACT, ReleasedRounding, Rounding
+from fathom.quant.formats import hadamard, round_fp4
 from tests.quant.oracle import (
     E2M1_TABLE,
     E4M3_TABLE,

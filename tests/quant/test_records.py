@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from fathom.ops.rounding import ReleasedRounding
 from fathom.quant.formats import round_fp4
 from fathom.quant.records import (
     EntryRecord,
@@ -13,7 +14,6 @@ from fathom.quant.records import (
     entry_bytes,
     key_bytes,
 )
-from fathom.ops.rounding import ReleasedRounding
 from tests.quant.oracle import (
     E2M1_TABLE,
     E4M3_TABLE,

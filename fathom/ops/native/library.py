@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fathom.ops.linear import Layer, Matrix, Projection
-from fathom.quant.formats import E4M3, E8M0, Packed
 from fathom.ops.rounding import EXACT, ReleasedRounding, Rounding
+from fathom.quant.formats import E4M3, E8M0, Packed
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _FLAGS = ["-O3", "-march=native", "-fPIC"]

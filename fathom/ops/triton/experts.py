@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from fathom.ops.experts import clamped_swiglu, routed_experts
 from fathom.ops.linear import Matrix
+from fathom.ops.rounding import EXACT, Rounding
 from fathom.ops.triton.launch import NAME, runs
 from fathom.ops.triton.linear import reads, stored, warps, weight_tile
 from fathom.quant.formats import Packed
-from fathom.ops.rounding import EXACT, Rounding
 
 _TILE = 64  # channels of a weight's tile, both ways
 _FEW_PAIRS, _MANY_PAIRS = 16, 64  # in a tile

@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'fathom[gpu]')")
 
 from fathom import ops
+from fathom.ops.rounding import EXACT, ReleasedRounding
 from fathom.ops.triton import experts as triton_experts
 from fathom.quant.formats import E8M0, dequantise, quantise_fp4, quantise_fp8
-from fathom.ops.rounding import EXACT, ReleasedRounding
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 PACK = {"fp8": quantise_fp8, "fp8 base": lambda x: quantise_fp8(x, torch.float32), "fp4": quantise_fp4}
