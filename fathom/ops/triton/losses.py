@@ -140,6 +140,14 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, add: bool) -> None:
         a_MK, b_KN, out_MN, M, N, K, *a_MK.stride(), add, _TILE, _TILE_BYTES // a_MK.element_size(), num_warps=_WARPS)
 
 
+def _give_back(logits_grad_nv: Tensor, head_vW: Tensor, hidden_nW: Tensor, hidden_grad_nW: Tensor | None, head_grad_VW: Tensor | None, first: int) -> None:
+    """A chunk's part of the gradient of hidden [n, W], and its rows of the head's, from `first` on; of those that are asked for."""
+    if hidden_grad_nW is not None:
+        _multiply(logits_grad_nv, head_vW, hidden_grad_nW, add=True)
+    if head_grad_VW is not None:
+        _multiply(logits_grad_nv.T, hidden_nW, head_grad_VW[first:first + _CHUNK_V], add=False)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Of hidden and head, both contiguous and of one dtype; statistics are those of the n kept tokens."""
 
@@ -170,10 +178,7 @@ class _CrossEntropy(torch.autograd.Function):
             _logits_grad[triton.cdiv(len(head_vW), _TILE), triton.cdiv(n, _TILE)](
                 hidden_nW, head_VW, *statistics, grad, logits_grad_nv, first, n, V, W, len(head_vW), _TILE, _TILE_BYTES // head_VW.element_size(),
                 num_warps=_WARPS)
-            if hidden_grad_nW is not None:
-                _multiply(logits_grad_nv, head_vW, hidden_grad_nW, add=True)
-            if head_grad_VW is not None:
-                _multiply(logits_grad_nv.T, hidden_nW, head_grad_VW[first:first + _CHUNK_V], add=False)
+            _give_back(logits_grad_nv, head_vW, hidden_nW, hidden_grad_nW, head_grad_VW, first)
         if hidden_grad_nW is None:
             return None, head_grad_VW, None
         hidden_grad_NW = torch.zeros_like(hidden_NW).index_copy_(0, kept_n, hidden_grad_nW.to(hidden_NW.dtype))
@@ -210,10 +215,7 @@ class _ReverseKl(torch.autograd.Function):
             _divergence_grad[triton.cdiv(len(head_vW), _TILE), triton.cdiv(N, _TILE)](
                 *ctx.saved_tensors, grad_N.contiguous(), logits_grad_Nv, first, N, V, W, U, len(head_vW), _TILE,
                 _TILE_BYTES // head_VW.element_size(), num_warps=_WARPS)
-            if hidden_grad_NW is not None:
-                _multiply(logits_grad_Nv, head_vW, hidden_grad_NW, add=True)
-            if head_grad_VW is not None:
-                _multiply(logits_grad_Nv.T, hidden_NW, head_grad_VW[first:first + _CHUNK_V], add=False)
+            _give_back(logits_grad_Nv, head_vW, hidden_NW, hidden_grad_NW, head_grad_VW, first)
         return None if hidden_grad_NW is None else hidden_grad_NW.to(hidden_NW.dtype), head_grad_VW, None, None
 
 
