@@ -75,8 +75,9 @@ def generate(path: ModelArgument, prompt: Annotated[str, typer.Option(help="The 
     from fathom.engine.sampler import Sampling
 
     sampling = Sampling(temperature, top_p, seed, max_tokens)
+    engine = Engine.load(path, dtype_of(dtype), device, packed)
     sys.stdout.write(prompt)
-    for piece in Engine.load(path, dtype_of(dtype), device, packed).text(prompt, sampling, special):
+    for piece in engine.text(prompt, sampling, special):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -59,6 +59,11 @@ def test_generate_is_repeatable_with_a_seed_and_starts_with_the_prompt(run):
     assert first.stdout == again.stdout != other.stdout
 
 
+def test_generate_writes_nothing_before_the_model_is_there(tmp_path):
+    result = fathom("generate", tmp_path / "none", "--prompt", "the sea")
+    assert result.returncode == 2 and result.stdout == ""
+
+
 def test_a_run_folder_and_its_checkpoint_are_the_same_model(run):
     outputs = {fathom("generate", path, "--prompt", "a", "--seed", "1", "--max-tokens", "8").stdout
                for path in (run, find_model(run))}
@@ -138,6 +143,9 @@ def test_info_describes_presets_folders_and_runs(run):
     (["inspect", "{tmp}/none"], "neither a model folder"),
     (["inspect", "flash", "--layout", "fp2"], "unknown layout 'fp2'"),
     (["generate", "{run}", "--prompt", "x", "--dtype", "float8"], "allowed: float32, bfloat16"),
+    (["generate", "{run}", "--prompt", "x", "--device", "abacus"], "device is 'abacus'; here are: cpu"),
+    (["chat", "{run}", "--message", "x", "--device", "cuda:9"], "device is 'cuda:9'; here are: cpu"),
+    (["serve", "{run}", "--port", "0", "--device", "abacus"], "device is 'abacus'; here are: cpu"),
     (["fly"], "fly"),
 ])
 def test_bad_input_is_one_line_that_names_the_thing_and_exit_code_2(run, tmp_path, arguments, words):
