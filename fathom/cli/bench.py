@@ -50,14 +50,15 @@ def bench_decode(lengths: LengthsOption = "512,8192,65536", batch: BatchOption =
 
 @bench.command("train", epilog="Example:  fathom bench train --tokens 2048,16384 --mtp 0.3")
 def bench_train(tokens: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens of the one row.")] = "2048",
-                mtp: MtpOption = 0.0, model: BenchModelOption = "bench-s", dtype: DtypeOption = "float32",
-                threads: ThreadsOption = None, repeats: RepeatsOption = 3, against: AgainstOption = None,
-                peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0, device: DeviceOption = "cpu", out: OutOption = None) -> None:
-    """Whole training steps: losses, gradients, clipping, Muon and AdamW."""
+                mtp: MtpOption = 0.0,
+                optimizer: Annotated[str, typer.Option(metavar="muon|adamw", help="What moves our matrices; a peer has AdamW.")] = "muon",
+                model: BenchModelOption = "bench-s", dtype: DtypeOption = "float32", threads: ThreadsOption = None,
+                repeats: RepeatsOption = 3, against: AgainstOption = None, peer_dtype: PeerDtypeOption = None, seed: BenchSeedOption = 0, device: DeviceOption = "cpu", out: OutOption = None) -> None:
+    """Whole training steps: losses, gradients, clipping, Muon and AdamW, or AdamW alone as the peer's."""
     from fathom.lab.bench.plan import Plan
 
     plan = Plan(model, dtype, threads, repeats, against, peer_dtype, seed, device)
-    _bench(plan, plan.train(tokens, mtp), out)
+    _bench(plan, plan.train(tokens, mtp, optimizer), out)
 
 
 @bench.command("all", epilog="Example:  fathom bench all --against transformers --out bench.json")

@@ -47,7 +47,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.wide:
             x = ops.wide(x)
-        elif self.scale is None:
+            return ops.linear.exactly(self.rounding.inputs(x), self.matrix)
+        if self.scale is None:
             x = x.to(self.weight.dtype)
         return ops.linear(self.rounding.inputs(x), self.matrix)
 

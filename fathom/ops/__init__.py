@@ -44,7 +44,7 @@ from fathom.ops.linear import Matrix, Norm, Projection, dense, grouped_linear, l
 from fathom.ops.losses import IGNORE, cross_entropy, index_divergence, reverse_kl, sequence_balance
 from fathom.ops.norm import rms_normalise
 from fathom.ops.orthogonalize import orthogonalize
-from fathom.ops.precision import wide
+from fathom.ops.precision import products_in, wide
 from fathom.ops.records import pack, unpack
 from fathom.ops.rotary import rotate
 from fathom.ops.rounding import EXACT, Rounding, round_entries, round_index, round_inputs

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fathom.ops.dispatch import op
+from fathom.ops.dispatch import op, product
 from fathom.ops.precision import wide
 
 
@@ -47,7 +47,7 @@ def attended_entries(entries: Entries) -> Tensor:
     return torch.zeros(B, S, M + 1, dtype=torch.bool, device=slot_BSK.device).scatter(2, slot_BSK, True)[..., :M]
 
 
-@op
+@product(0, 1, 2)
 def attention(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> Tensor:
     """Softmax attention [B, S, H, D] with scale D^-0.5; the sink joins the denominator only (eq. 27)."""
     keys_BJD = window.kv_BTD if entries is None else torch.cat([window.kv_BTD, entries.kv_BMD], 1)

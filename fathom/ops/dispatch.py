@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
+from fathom.ops.precision import narrowed, products_dtype
+
 DEFINITION = "definition"
 _preferred: ContextVar[str | None] = ContextVar("fathom_ops_preferred", default=None)
 
@@ -46,9 +50,33 @@ class Op:
         return self.choose(*args, **kwargs)[1](*args, **kwargs)
 
 
+class Product(Op):
+    """An operator of matrix products: inside `products_in` the arguments at the places `narrow` are rounded and the result is float32 again."""
+
+    def __init__(self, definition: Callable, narrow: tuple[int, ...]):
+        super().__init__(definition)
+        self.narrow = narrow
+
+    def __call__(self, *args, **kwargs):
+        dtype = products_dtype()
+        if dtype is None or args[0].dtype != torch.float32:
+            return self.exactly(*args, **kwargs)
+        args = [narrowed(value, dtype) if place in self.narrow else value for place, value in enumerate(args)]
+        return self.exactly(*args, **kwargs).float()
+
+    def exactly(self, *args, **kwargs):
+        """The result for the arguments as they are."""
+        return self.choose(*args, **kwargs)[1](*args, **kwargs)
+
+
 def op(definition: Callable) -> Op:
     """Decorator: make a definition callable through dispatch."""
     return Op(definition)
+
+
+def product(*narrow: int) -> Callable[[Callable], Product]:
+    """Decorator: as `op`, for matrix products of the arguments at these places."""
+    return lambda definition: Product(definition, narrow)
 
 
 def composed(definition: Callable) -> Op:

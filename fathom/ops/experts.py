@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.ops.dispatch import composed, op
+from fathom.ops.dispatch import composed, op, product
 from fathom.ops.linear import Layer, Matrix, linear
 from fathom.ops.precision import wide
 from fathom.ops.rounding import EXACT, Rounding
@@ -22,7 +22,7 @@ def swiglu_expert(x: Tensor, gate: Layer, up: Layer, down: Layer, limit: float) 
     return down(clamped_swiglu(gate(x), up(x), limit).to(x.dtype))
 
 
-@op
+@product(0, 3, 4, 5)
 def routed_experts(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matrix, up_EFW: Matrix,
                    down_EWF: Matrix, limit: float, rounding: Rounding = EXACT) -> Tensor:
     """Sum over each token's K experts of down(weight * swiglu(gate x, up x)) -> [N, W] in float32.

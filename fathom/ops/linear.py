@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.ops.dispatch import op
+from fathom.ops.dispatch import op, product
 from fathom.ops.rounding import EXACT, Rounding
 from fathom.quant.formats import Packed, dequantise
 
@@ -38,13 +38,13 @@ def dense(weight: Matrix, dtype: torch.dtype) -> Tensor:
     return dequantise(weight, dtype) if isinstance(weight, Packed) else weight.to(dtype)
 
 
-@op
+@product(0, 1)
 def linear(x: Tensor, weight: Matrix) -> Tensor:
     """x [..., I] times the transposed matrix [O, I] -> [..., O], in the dtype of x."""
     return F.linear(x, dense(weight, x.dtype))
 
 
-@op
+@product(0, 1)
 def grouped_linear(x_BSGI: Tensor, weight: Matrix) -> Tensor:
     """Each group's own part of a matrix [G R, I] applied to its x [B, S, G, I] -> [B, S, G R] (report 2.3.3)."""
     matrix_GRI = dense(weight, x_BSGI.dtype).unflatten(0, (x_BSGI.shape[2], -1))

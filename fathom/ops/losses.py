@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.ops.dispatch import op
+from fathom.ops.dispatch import op, product
 from fathom.ops.precision import wide
 
 IGNORE = -100  # target of a position that predicts nothing
 
 
-@op
+@product(0, 1)
 def cross_entropy(hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor) -> Tensor:
     """Sum over targets (IGNORE left out) of -log softmax(head hidden)[target], a float32 scalar from [N, W] and [V, W]."""
     kept_n = (target_N != IGNORE).nonzero().squeeze(1)

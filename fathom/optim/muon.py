@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from fathom.config import ModelConfig
 from fathom.errors import CheckpointError, RecipeError
 from fathom.ops.orthogonalize import orthogonalize
-from fathom.ops.precision import multiplies_bfloat16
+from fathom.ops.precision import PRECISIONS, narrow_dtype
 
 Matrices = Literal["muon", "adamw"]  # which of the two moves the weight matrices
-PRECISIONS = ("auto", "bfloat16", "float32")
 TOGETHER = 1 << 22  # numbers in the matrices that are orthogonalised in one call
 
 
@@ -41,8 +40,7 @@ class Muon:
 
     def dtype(self, parameter: Tensor) -> torch.dtype | None:
         """What the Newton-Schulz steps of a parameter [...] run in; None: float32 or wider."""
-        narrow = self.precision == "bfloat16" or self.precision == "auto" and multiplies_bfloat16(parameter.device)
-        return torch.bfloat16 if narrow and parameter.dtype != torch.float64 else None
+        return None if parameter.dtype == torch.float64 else narrow_dtype(self.precision, parameter.device)
 
 
 @dataclass(frozen=True)

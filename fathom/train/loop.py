@@ -29,6 +29,7 @@ from fathom.errors import FathomError, RecipeError
 from fathom.files import alone_in
 from fathom.memory import keep_freed_memory
 from fathom.model.transformer import Transformer
+from fathom.ops.precision import PRECISIONS, narrow_dtype, products_in
 from fathom.optim.muon import Optimizer
 from fathom.optim.schedules import Attention
 from fathom.text.tokenizer import Tokenizer
@@ -48,17 +49,22 @@ TRIAL_STEPS = 6
 
 @dataclass(frozen=True)
 class Loop:
-    """How often a run saves and looks, and how far a gradient may reach."""
+    """How often a run saves and looks, how far a gradient may reach, and what matrix products compute in: `precision` "float32",
+    "bfloat16" (mixed precision: weights and sums stay float32), or "auto", bfloat16 where the device multiplies it natively.
+    """
 
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     validate_every: int = 100
     clip_norm: float = 1.0
+    precision: str = "float32"
 
     def __post_init__(self):
         for name in ("checkpoint_every", "keep_checkpoints", "validate_every", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; allowed: above 0")
+        if self.precision not in PRECISIONS:
+            raise RecipeError(f"precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,8 @@ def take_step(model: Transformer, optimizer: Optimizer, stage: Stage, step: int,
     batch = stage.batch(step)
     data_seconds = time.monotonic() - began
     optimizer.zero_grad()
-    with _as_at(model, stage, step), guard.routing(model, step, lambda ahead: stage.loss(stage.batch(ahead), ahead)):
+    products = products_in(narrow_dtype(settings.precision, next(model.parameters()).device))
+    with _as_at(model, stage, step), products, guard.routing(model, step, lambda ahead: stage.loss(stage.batch(ahead), ahead)):
         losses = gradients(model, stage.loss, batch, step, ranks, lambda: watch.forward(done))
         watch.before_update(done)
         total_norm = gradient_norm(model, ranks)

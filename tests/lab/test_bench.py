@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fathom.accounting import parameters
 from fathom.config import ModelConfig
 from fathom.lab.bench import peer_transformers
+from fathom.lab.bench.child import Fathom
 from fathom.lab.bench.measure import measure
 from fathom.lab.bench.plan import BENCH_S, BenchError, Case, Plan
 from fathom.lab.bench.run import Failure, run_child
@@ -91,6 +93,17 @@ def test_train_measures_whole_steps_with_mtp(model, tmp_path):
     assert row["mtp"] == 0.3 and len(row["seconds"]) == 2 and row["share_of_matmul"] > 0 and row["extra_bytes"] > 0
 
 
+def test_train_in_mixed_precision_with_the_peers_optimiser(model, tmp_path):
+    out = tmp_path / "train.json"
+    result = fathom("bench", "train", "--model", model, "--tokens", "64", "--repeats", "1", "--dtype", "bfloat16", "--optimizer", "adamw", "--out", out)
+    assert result.returncode == 0, result.stderr
+    (row,) = rows(out)
+    assert row["optimizer"] == "adamw" and row["dtype"] == "bfloat16" and row["tokens_per_second"]["median"] > 0
+    ours = Fathom(Plan(str(model), "bfloat16").train("64", optimizer="adamw")[0])
+    ours.train(torch.zeros(1, 64, dtype=torch.int64))
+    assert {p.dtype for p in ours.model.parameters()} == {torch.float32} and not ours.optimizer.muon.state and ours.products == torch.bfloat16
+
+
 def test_a_peer_trains_and_decodes(model, monkeypatch):
     monkeypatch.setattr(peer_transformers, "can_compile", lambda: False)
     plan = Plan(str(model), repeats=1, against="transformers")
@@ -111,6 +124,7 @@ def test_a_peer_trains_and_decodes(model, monkeypatch):
     (["prefill", "--repeats", "0"], "repeats is 0"),
     (["decode", "--batch", "0"], "batch is 0"),
     (["train", "--mtp", "-1"], "mtp is -1.0"),
+    (["train", "--optimizer", "sgd"], "optimizer is 'sgd'; allowed: muon, adamw"),
     (["train", "--threads", "0"], "threads is 0"),
     (["decode", "--lengths", "64", "--device", "abacus"], "device is 'abacus'; here are: cpu"),
     (["prefill", "--against", "llama"], "unknown peer 'llama'; allowed: transformers"),

@@ -217,7 +217,7 @@ def test_an_overwhelming_sink_leaves_nothing_to_the_keys_and_a_weak_one_everythi
     torch.testing.assert_close(out, torch.ones_like(out))
 
 
-def test_cpu_is_chosen_for_enough_queries_in_float32_and_masses_without_gradients():
+def test_cpu_is_chosen_for_enough_queries_and_masses_without_gradients():
     arguments = cast(CASES["packed"], torch.float32)
     assert attention.choose(*arguments)[0] == "cpu"
     assert entry_mass.choose(*arguments)[0] == "definition"
@@ -228,7 +228,7 @@ def test_cpu_is_chosen_for_enough_queries_in_float32_and_masses_without_gradient
         assert attention.choose(*cast(CASES["packed"], torch.bfloat16))[0] == "cpu"
         for op in (attention, entry_mass):
             assert op.choose(*cast(CASES["packed"], torch.float64))[0] == "definition"
-    assert attention.choose(*cast(CASES["packed"], torch.bfloat16))[0] == "definition"
+    assert attention.choose(*cast(CASES["packed"], torch.bfloat16))[0] == "cpu"
 
 
 @every_case
@@ -240,6 +240,14 @@ def test_bfloat16_attention_equals_the_definition_to_its_roundings(arguments):
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0.02)
     assert (found.float() - expected.float()).abs().mean() < 2e-3
     assert torch.equal(found, attention_cpu(*arguments))
+
+
+@every_case
+def test_bfloat16_gradients_are_near_those_of_the_same_numbers_in_float64(arguments):
+    narrow = cast(arguments, torch.bfloat16)
+    expected = values_and_gradients(attention, cast(narrow, torch.float64))
+    for found, exact in zip(values_and_gradients(attention_cpu, narrow), expected, strict=True):
+        assert found.dtype == torch.bfloat16 and (found.double() - exact).norm() <= 0.015 * exact.norm() + 1e-6
 
 
 def without_repetition(arguments):

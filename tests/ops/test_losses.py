@@ -110,10 +110,16 @@ def test_two_runs_give_the_same_bits():
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions_use_the_definition(dtype):
+def test_float64_uses_the_definition():
     hidden, head, target = problem(3, 4)
-    assert ops.cross_entropy.choose(hidden.to(dtype), head.to(dtype), target)[0] == "definition"
+    assert ops.cross_entropy.choose(hidden.double(), head.double(), target)[0] == "definition"
+
+
+def test_bfloat16_is_widened_first():
+    hidden, head, target = problem(300, 50)
+    narrow = loss_and_gradients(hidden.bfloat16(), head.bfloat16(), target, "cpu")
+    wide = loss_and_gradients(hidden.bfloat16().float(), head.bfloat16().float(), target, "cpu")
+    assert torch.equal(narrow[0], wide[0]) and all(x.dtype == torch.bfloat16 and torch.equal(x, y.bfloat16()) for x, y in zip(narrow[1:], wide[1:], strict=True))
 
 
 def test_cross_entropy_is_the_sum_of_surprises_of_kept_targets():

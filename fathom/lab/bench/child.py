@@ -16,7 +16,8 @@ from fathom.lab.bench.plan import Case
 from fathom.memory import keep_freed_memory
 from fathom.model.cache import Cache
 from fathom.model.transformer import Transformer
-from fathom.ops import IGNORE
+from fathom.ops import IGNORE, products_in
+from fathom.ops.precision import narrow_dtype
 from fathom.optim.muon import AdamW, Muon, Optimizer
 from fathom.train.loop import Loop
 from fathom.train.objective import LossWeights, move_router_biases, objective
@@ -30,8 +31,9 @@ class Fathom:
     settings = ("",)
 
     def __init__(self, case: Case):
-        self.model = cast(Transformer(case.config).initialise(case.seed), dtype_of(case.dtype)).to(use_device(case.device)).eval()
-        self.chunk, self.mtp = case.chunk or EngineSettings.prefill_chunk, case.mtp
+        self.model = cast(Transformer(case.config).initialise(case.seed), dtype_of("float32" if case.kind == "train" else case.dtype)).to(use_device(case.device)).eval()
+        self.chunk, self.mtp, self.matrices = case.chunk or EngineSettings.prefill_chunk, case.mtp, case.optimizer
+        self.products = narrow_dtype(case.dtype, self.model.head.weight.device)  # of training: its weights are float32
         self.optimizer: Optimizer | None = None
         self.facts: dict[str, Any] = {}
 
@@ -47,16 +49,17 @@ class Fathom:
         self.model(token_BS, cache=cache, last_only=True)
 
     def train(self, token_BS: Tensor) -> None:
-        """A step as in pre-training after its dense start: losses, gradients, clipping, Muon and AdamW, router biases."""
+        """A step as in pre-training after its dense start: losses, gradients, clipping, optimiser, router biases."""
         if self.optimizer is None:
             keep_freed_memory()
             self.model.train()
-            self.optimizer = Optimizer(self.model.named_parameters(), self.model.config, Muon(), AdamW())
+            self.optimizer = Optimizer(self.model.named_parameters(), self.model.config, Muon(), AdamW(), self.matrices)
         self.optimizer.zero_grad()
         target_BS = torch.cat([token_BS[:, 1:], torch.full_like(token_BS[:, :1], IGNORE)], 1)
         position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand(token_BS.shape)
-        losses = objective(self.model, Batch(token_BS, target_BS, position_BS), LossWeights(), self.mtp, "sparse")
-        losses.total.backward()
+        with products_in(self.products):
+            losses = objective(self.model, Batch(token_BS, target_BS, position_BS), LossWeights(), self.mtp, "sparse")
+            losses.total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), Loop().clip_norm)
         self.optimizer.step(RATE)
         move_router_biases(self.model, losses.observations, BIAS_SPEED)

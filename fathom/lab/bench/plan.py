@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fathom.config import PRESETS, ModelConfig
 from fathom.errors import ConfigError, InputError
 
 Kind = Literal["prefill", "decode", "train"]
+Matrices = Literal["muon", "adamw"]
 
 DTYPES = {"float32": 4, "bfloat16": 2}  # bytes of an element
 PEERS = {"transformers": (0, 4, 128)}  # compression ratios that the peer has
@@ -45,6 +46,7 @@ class Case:
     chunk: int | None = None  # the program's own choice
     steps: int = DECODE_STEPS
     mtp: float = 0.0  # weight of the MTP loss
+    optimizer: Matrices = "muon"  # what moves our matrices; a peer has AdamW
     seed: int = 0
     device: str = "cpu"
 
@@ -120,14 +122,16 @@ class Plan:
         sizes = [(length, 1) for length in contexts] + ([(min(contexts), batch)] if batch > 1 else [])
         return self._cases("decode", sizes, decode_tokens(self.repeats, DECODE_STEPS, 2))
 
-    def train(self, tokens: str, mtp: float = 0.0) -> list[Case]:
+    def train(self, tokens: str, mtp: float = 0.0, optimizer: str = "muon") -> list[Case]:
         """Whole training steps of one row of so many tokens."""
+        if optimizer not in get_args(Matrices):
+            raise BenchError(f"optimizer is {optimizer!r}; allowed: {', '.join(get_args(Matrices))}")
         if mtp < 0 or (mtp and not self.config.num_nextn_predict_layers):
             raise BenchError(f"mtp is {mtp}; allowed: 0 or above, and above 0 only for a model with an MTP block")
-        return self._cases("train", ((length, 1) for length in _numbers("tokens", tokens)), 0, mtp=mtp)
+        return self._cases("train", ((length, 1) for length in _numbers("tokens", tokens)), 0, mtp=mtp, optimizer=optimizer)
 
-    def _cases(self, kind: Kind, sizes: Iterable[tuple[int, int]], further: int, chunk: int | None = None,
-               mtp: float = 0.0) -> list[Case]:
+    def _cases(self, kind: Kind, sizes: Iterable[tuple[int, int]], further: int, mtp: float = 0.0,
+               **ours: Any) -> list[Case]:
         """For each length and batch our case, then the peer's; a model without MTP blocks where they are not used."""
         config, cases = self.config, []
         if not mtp:
@@ -138,9 +142,9 @@ class Plan:
             if length + further > config.max_position_embeddings:
                 raise BenchError(f"length {length} is too long for the model: max_position_embeddings is "
                                  f"{config.max_position_embeddings}" + (f", and {further} tokens follow" if further else ""))
-            cases.append(Case(kind, "fathom", length=length, batch=batch, dtype=self.dtype, chunk=chunk, mtp=mtp, **shared))
+            cases.append(Case(kind, "fathom", length=length, batch=batch, dtype=self.dtype, mtp=mtp, **ours, **shared))
             if self.against:
-                cases.append(Case(kind, self.against, length=length, batch=batch, dtype=self.peer_dtype or self.dtype, **shared))
+                cases.append(Case(kind, self.against, length=length, batch=batch, dtype=self.peer_dtype or self.dtype, optimizer="adamw", **shared))
         return cases
 
 

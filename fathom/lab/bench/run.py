@@ -68,7 +68,7 @@ def _measure(plan: Plan, cases: list[Case], report: dict[str, Any], out: Path | 
             console.print(f"the machine's ceilings: {failure}", soft_wrap=True)
         for case in cases:
             row = {"kind": case.kind, "length": case.length, "batch": case.batch, "program": case.program, "dtype": case.dtype,
-                   "device": case.device, "repeats": case.repeats, "mtp": case.mtp}
+                   "device": case.device, "repeats": case.repeats, "mtp": case.mtp, **({"optimizer": case.optimizer} if case.kind == "train" else {})}
             label, began = f"{name_of(row)}, {case.dtype}, {case.program}", time.monotonic()
             progress.update(task, description=label)
             try:

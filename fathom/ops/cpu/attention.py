@@ -102,14 +102,14 @@ class _Attention(torch.autograd.Function):
         q_BSHD, kv_BTD, kv_BMD, sink_H = ctx.saved_tensors
         window, entries = ctx.window._replace(kv_BTD=kv_BTD), ctx.entries and ctx.entries._replace(kv_BMD=kv_BMD)
         H, D = q_BSHD.shape[2:]
-        q_grad_BSHD, kv_grad_BTD, sink_grad_H = torch.empty_like(q_BSHD), torch.zeros_like(kv_BTD), q_BSHD.new_zeros(H)
-        kv_grad_BMD = None if kv_BMD is None else torch.zeros_like(kv_BMD)
+        q_grad_BSHD, kv_grad_BTD, sink_grad_H = torch.empty_like(q_BSHD), torch.zeros_like(kv_BTD, dtype=torch.float32), torch.zeros(H)
+        kv_grad_BMD = None if kv_BMD is None else torch.zeros_like(kv_BMD, dtype=torch.float32)
         for block, _, keys_BJD, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
             q_BRD, grad_BRD = (x[:, block.queries].flatten(1, 2) for x in (q_BSHD, grad_BSHD))
-            score_grad_BRJ = batch_times(grad_BRD, keys_BJD).mul_(probability_BRJ)
+            score_grad_BRJ = batch_times(grad_BRD, keys_BJD).float().mul_(probability_BRJ)
             score_grad_BRJ.addcmul_(probability_BRJ, score_grad_BRJ.sum(-1, keepdim=True), value=-1)
             sink_grad_H += score_grad_BRJ[..., -1].unflatten(1, (-1, H)).sum((0, 1))
-            score_grad_BRJ.mul_(D**-0.5)
+            score_grad_BRJ, probability_BRJ = score_grad_BRJ.mul_(D**-0.5).to(q_BSHD.dtype), probability_BRJ.to(q_BSHD.dtype)
             q_grad_BSHD[:, block.queries] = batch_times(score_grad_BRJ, keys_BJD.mT).unflatten(1, (-1, H))
             keys_grad_BJD = batch_times(probability_BRJ.mT, grad_BRD.mT).add_(batch_times(score_grad_BRJ.mT, q_BRD.mT))
             window_grad = kv_grad_BTD[:, block.places]
@@ -117,7 +117,8 @@ class _Attention(torch.autograd.Function):
             if kv_BMD is not None:
                 entries_grad = kv_grad_BMD[:, block.slots]
                 entries_grad += keys_grad_BJD[:, window_grad.shape[1]:window_grad.shape[1] + entries_grad.shape[1]]
-        return q_grad_BSHD, kv_grad_BTD, kv_grad_BMD, sink_grad_H, None, None
+        kv_grads = (None if x is None else x.to(q_BSHD.dtype) for x in (kv_grad_BTD, kv_grad_BMD))
+        return q_grad_BSHD, *kv_grads, sink_grad_H.to(sink_H.dtype), None, None
 
 
 def _differentiable(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> list[Tensor]:
@@ -130,11 +131,10 @@ def asks_for_gradients(*arguments) -> bool:
 
 
 def supports(*arguments) -> bool:
-    """Whether all tensors [B, S, H, D] ... that gradients could reach are float32, or bfloat16 without gradients, on a CPU."""
-    tensors = _differentiable(*arguments)
-    dtypes = {x.dtype for x in tensors}
-    return (all(x.device.type == "cpu" for x in tensors)
-            and (dtypes == {torch.float32} or dtypes == {torch.bfloat16} and not asks_for_gradients(*arguments)))
+    """Whether queries [B, S, H, D] and keys are all float32 or all bfloat16, the sink that or float32, on a CPU."""
+    q, window_kv, sink, *more = _differentiable(*arguments)
+    return (all(x.device.type == "cpu" for x in (q, window_kv, sink, *more)) and q.dtype in (torch.float32, torch.bfloat16)
+            and all(x.dtype == q.dtype for x in (window_kv, *more)) and sink.dtype in (q.dtype, torch.float32))
 
 
 def _supports(q_BSHD: Tensor, *others) -> bool:

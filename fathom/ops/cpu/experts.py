@@ -66,12 +66,12 @@ class _RoutedExperts(torch.autograd.Function):
                 limit: float) -> Tensor:
         groups = _Groups(expert_NK, len(gate_EFW))
         x_PW = x_NW.index_select(0, groups.token_P)
-        gate_PF, up_PF = groups.times(x_PW, gate_EFW), groups.times(x_PW, up_EFW)
+        gate_PF, up_PF = wide(groups.times(x_PW, gate_EFW)), wide(groups.times(x_PW, up_EFW))
         ctx.save_for_backward(x_NW, weight_NK, gate_EFW, up_EFW, down_EWF, gate_PF, up_PF)
         ctx.groups, ctx.limit = groups, limit
         hidden_PF = F.silu(gate_PF.clamp(max=limit), inplace=True).mul_(up_PF.clamp(-limit, limit))
         hidden_PF.mul_(weight_NK.flatten()[groups.order_P, None])
-        return groups.sum_by_token(groups.times(hidden_PF, down_EWF))
+        return groups.sum_by_token(groups.times(hidden_PF.to(x_NW.dtype), down_EWF))
 
     @staticmethod
     @once_differentiable
@@ -82,16 +82,16 @@ class _RoutedExperts(torch.autograd.Function):
         bounded_PF, silu_PF = up_PF.clamp(-limit, limit), gate_PF.clamp(max=limit)
         sigmoid_PF = silu_PF.sigmoid()
         plain_PF = silu_PF.mul_(sigmoid_PF) * bounded_PF
-        grad_PW = grad_NW.index_select(0, groups.token_P)
-        hidden_grad_PF = groups.times(grad_PW, down_EWF.mT)
+        grad_PW = grad_NW.to(x_NW.dtype).index_select(0, groups.token_P)
+        hidden_grad_PF = wide(groups.times(grad_PW, down_EWF.mT))
         weight_grad_P = (hidden_grad_PF * plain_PF).sum(-1)
-        down_grad_EWF = groups.outer(grad_PW, plain_PF.mul_(weight_P1))
+        down_grad_EWF = groups.outer(grad_PW, plain_PF.mul_(weight_P1).to(x_NW.dtype))
         del grad_PW, plain_PF  # what is large goes as soon as it has served
         hidden_grad_PF.mul_(weight_P1)
         # d silu = sigmoid (1 + gate (1 - sigmoid)) = sigmoid + silu (1 - sigmoid); nothing passes a clamp that acts.
         slope_PF = torch.rsub(sigmoid_PF, 1).mul_(silu_PF).add_(sigmoid_PF)
-        gate_grad_PF = slope_PF.mul_(bounded_PF).mul_(hidden_grad_PF).masked_fill_(gate_PF > limit, 0)
-        up_grad_PF = silu_PF.mul_(hidden_grad_PF).masked_fill_(up_PF.abs() > limit, 0)
+        gate_grad_PF = slope_PF.mul_(bounded_PF).mul_(hidden_grad_PF).masked_fill_(gate_PF > limit, 0).to(x_NW.dtype)
+        up_grad_PF = silu_PF.mul_(hidden_grad_PF).masked_fill_(up_PF.abs() > limit, 0).to(x_NW.dtype)
         del sigmoid_PF, bounded_PF, hidden_grad_PF
         x_grad_PW = groups.times(gate_grad_PF, gate_EFW.mT).add_(groups.times(up_grad_PF, up_EFW.mT))
         x_grad_NW = groups.sum_by_token(x_grad_PW).to(x_NW.dtype)
@@ -107,15 +107,15 @@ def _supports(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matr
     matrices = gate_EFW, up_EFW, down_EWF
     if rounding is not EXACT or not all(isinstance(x, Tensor) and x.dtype == x_NW.dtype for x in matrices):
         return False
-    exact = x_NW.dtype in (torch.float32, torch.float64) and weight_NK.dtype == x_NW.dtype
-    asks = torch.is_grad_enabled() and any(x.requires_grad for x in (x_NW, weight_NK, *matrices))
-    return x_NW.device.type == "cpu" and len(x_NW) > 0 and (exact or x_NW.dtype == torch.bfloat16 and not asks)
+    weights = torch.float32 if x_NW.dtype == torch.bfloat16 else x_NW.dtype
+    return (x_NW.device.type == "cpu" and len(x_NW) > 0 and x_NW.dtype in (torch.bfloat16, torch.float32, torch.float64)
+            and weight_NK.dtype == weights)
 
 
 @routed_experts.register("cpu", supports=_supports)
 def routed_experts_cpu(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Tensor, up_EFW: Tensor, down_EWF: Tensor, limit: float,
                        rounding: Rounding = EXACT) -> Tensor:
-    """`routed_experts` for plain matrices in the inputs' dtype: float32 and float64 with gradients, bfloat16 without."""
+    """`routed_experts` for plain matrices in the inputs' dtype; between products of bfloat16, float32."""
     arguments = x_NW, weight_NK, gate_EFW, up_EFW, down_EWF
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments):
         return _RoutedExperts.apply(*arguments, expert_NK, limit)

@@ -1,7 +1,7 @@
 """Cross-entropy and distillation's divergence on CPU: chunks of tokens whose logits stay in cache; all [N, V] never exist at once.
 
 Cross-entropy is a sum, so its gradients are made on the way forward and only scaled on the way back. The divergence has a gradient for each
-token, so its logits are computed anew there. float32 only: anything else is left to the definitions.
+token, so its logits are computed anew there. float32 only, or bfloat16 that is widened first: anything else is left to the definitions.
 """
 
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ def _chunk(head_VW: Tensor) -> int:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor, wants_grad: bool) -> Tensor:
+        dtypes, hidden_NW, head_VW = (hidden_NW.dtype, head_VW.dtype), hidden_NW.float(), head_VW.float()
         loss = hidden_NW.new_zeros(())
         hidden_grad_NW = torch.zeros_like(hidden_NW) if wants_grad and ctx.needs_input_grad[0] else None
         head_grad_WV = head_VW.new_zeros(head_VW.T.shape) if wants_grad and ctx.needs_input_grad[1] else None
@@ -43,12 +44,13 @@ class _CrossEntropy(torch.autograd.Function):
             if head_grad_WV is not None:
                 head_grad_WV += times(hidden_nW.T, logits_grad_nV.T)
         ctx.save_for_backward(hidden_grad_NW, None if head_grad_WV is None else head_grad_WV.T.contiguous())
+        ctx.dtypes = dtypes
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        return *(None if x is None else x * grad for x in ctx.saved_tensors), None, None
+        return *(None if x is None else (x * grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), None, None
 
 
 class _ReverseKl(torch.autograd.Function):
@@ -98,9 +100,10 @@ def _supports(*floats: Tensor) -> bool:
     return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in floats)
 
 
-@cross_entropy.register("cpu", supports=lambda hidden_NW, head_VW, target_N: _supports(hidden_NW, head_VW))
+@cross_entropy.register("cpu", supports=lambda hidden_NW, head_VW, target_N: (
+    all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in (hidden_NW, head_VW))))
 def cross_entropy_cpu(hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor) -> Tensor:
-    """`cross_entropy` for float32; the gradients are only computed where autograd will ask for them."""
+    """`cross_entropy` in float32, of bfloat16 too; the gradients are only computed where autograd will ask for them."""
     wants_grad = torch.is_grad_enabled() and (hidden_NW.requires_grad or head_VW.requires_grad)
     return _CrossEntropy.apply(hidden_NW, head_VW, target_N, wants_grad)
 
