@@ -25,7 +25,7 @@ def python(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
 
-@pytest.mark.parametrize("case", ["training", "inference", "quantized", "engine"])
+@pytest.mark.parametrize("case", ["training", "updates", "policy", "inference", "quantized", "engine"])
 def test_another_device_computes_what_the_definitions_do(case):
     done = python("-m", "tests.elsewhere", case)
     assert done.returncode == 0 and done.stdout.endswith("equal\n"), done.stderr[-3000:]
@@ -44,7 +44,7 @@ def test_devices_by_name(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: chosen.append("waited"))
-    assert [str(use_device(name)) for name in ("cpu", "xpu", "xpu:0", "xpu:1")] == ["cpu", "xpu:1", "xpu:0", "xpu:1"] and chosen == [0, 1]
+    assert [str(use_device(name)) for name in ("cpu", "xpu", "auto", "xpu:0", "xpu:1")] == ["cpu", "xpu:1", "xpu:1", "xpu:0", "xpu:1"] and chosen == [0, 1]
     finish()
     assert chosen == [0, 1, "waited"]
     for name in ("cuda", "xpu:2", "", "cpu:0"):
@@ -54,6 +54,6 @@ def test_devices_by_name(monkeypatch):
 
 def test_without_an_accelerator_there_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    assert use_device("cpu") == torch.device("cpu")
+    assert use_device("cpu") == use_device("auto") == torch.device("cpu")
     with pytest.raises(InputError, match="^device is 'cuda'; here are: cpu$"):
         use_device("cuda")

@@ -26,6 +26,7 @@ from fathom.checkpoint.names import released_name
 from fathom.checkpoint.released import load_model, save_model
 from fathom.checkpoint.training import find_model
 from fathom.checkpoint.weights import Weights
+from fathom.devices import use_device
 from fathom.errors import CheckpointError, RecipeError
 from fathom.model.transformer import Transformer
 from fathom.ops import dense, reverse_kl
@@ -86,9 +87,12 @@ class Distill:
             raise RecipeError(f"prompts is {self.prompts}, row_tokens {self.row_tokens} and modes has {len(self.modes)}; allowed: at least 1")
 
 
-def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, console: Console, play: Play = play_here) -> Path:
-    """Run a recipe to its end (or continue it) and return the run's folder; `play` plays the student's rollouts. Raises Stopped after Ctrl-C."""
-    run, state = Path(recipe.run), None
+def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, console: Console, play: Play = play_here,
+            device: str = "cpu") -> Path:
+    """Run a recipe to its end (or continue it) on a device and return the run's folder; `play` plays the student's rollouts. Raises Stopped after
+    Ctrl-C.
+    """
+    run, state, on = Path(recipe.run), None, use_device(device)
     if resume:
         recipe = resumed_recipe(run, recipe)
         model, state = continue_run(run)
@@ -102,6 +106,7 @@ def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, con
     for teacher in recipe.teachers:
         if Tokenizer.load(find_model(teacher.run)).fingerprint != tokenizer.fingerprint:
             raise RecipeError(f"{teacher.run} has another tokenizer than {recipe.base}; teachers and student must share theirs")
+    model.to(on)
     environments = environments_named([name for teacher in recipe.teachers for name in teacher.environments], known)
     pupil, schedule = Pupil(recipe, model, tokenizer, environments, play), recipe.pace.schedule()
     optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
@@ -117,7 +122,7 @@ class Pupil:
     def __init__(self, recipe: Distill, model: Transformer, tokenizer: Tokenizer, environments: dict[str, Environment],
                  play: Play = play_here):
         self.recipe, self.model, self.tokenizer, self.environments, self.play = recipe, model, tokenizer, environments, play
-        self.known = min(tokenizer.vocab_size, model.config.vocab_size)
+        self.known, self.device = min(tokenizer.vocab_size, model.config.vocab_size), model.head.weight.device
         self.teacher_of = {name: number for number, teacher in enumerate(recipe.teachers) for name in teacher.environments}
         self.rounds = Rounds(Path(recipe.run), model, recipe.pace.updates, {"recipe": recipe_fingerprint(recipe)}, self.make_round)
         self._head: tuple[int, Tensor] | None = None
@@ -134,11 +139,11 @@ class Pupil:
         hidden: list[list[Tensor]] = [[] for _ in range(recipe.pace.updates)]
         for teacher in range(len(recipe.teachers)):
             own = [rollout for rollout in rollouts if self.teacher_of[rollout.task.domain] == teacher and rollout.count]
-            reader = load_model(find_model(recipe.teachers[teacher].run))
+            reader = load_model(find_model(recipe.teachers[teacher].run), device=self.device)
             for part in range(recipe.pace.updates):
                 samples = [Sample(rollout.tokens, rollout.written, teacher=teacher) for rollout in own[part::recipe.pace.updates]]
                 if samples:
-                    batches[part].append(pack_samples(samples, longest, self.tokenizer.pad_id))
+                    batches[part].append(pack_samples(samples, longest, self.tokenizer.pad_id).to(self.device))
                     with torch.no_grad():
                         hidden[part].append(hidden_of_targets(reader, batches[part][-1]).to(DTYPES[recipe.hidden]))
         if not all(batches):
@@ -149,6 +154,7 @@ class Pupil:
 
     def loss(self, batch: SampleBatch, step: int) -> Losses:
         """sum_i w_i mean KL(student || teacher_i) / sum_i w_i over the teachers of the batch, and numbers for the log."""
+        batch = batch.to(self.device)
         features = self.model.features(batch.tokens_BS, batch.positions_BS, [], "sparse")
         hidden_NW, teacher_N = features.hidden_BSW[batch.learned_BS], batch.numbers["teacher_U"][batch.sample_N]
         total, weights, parts = 0.0, 0.0, {}
@@ -173,7 +179,7 @@ class Pupil:
         for teacher, settings in enumerate(recipe.teachers):
             own = [rollout for rollout in rollouts if self.teacher_of[rollout.task.domain] == teacher]
             if own:
-                model = load_model(find_model(settings.run))
+                model = load_model(find_model(settings.run), device=self.device)
                 own_log = RolloutLog(log.path.with_suffix(f".teacher-{teacher}.log"), log.head)
                 metrics = play_here(model, self.tokenizer, own, self.environments, recipe.draw, seed, own_log)
                 own_log.seal()
@@ -183,7 +189,7 @@ class Pupil:
         """A teacher's head [V, W]; only the last one asked for is kept."""
         if self._head is None or self._head[0] != teacher:
             weights = Weights(find_model(self.recipe.teachers[teacher].run))
-            self._head = teacher, dense(weights.read(released_name("head.weight")), torch.float32)
+            self._head = teacher, dense(weights.read(released_name("head.weight")), torch.float32).to(self.device)
         return self._head[1]
 
 

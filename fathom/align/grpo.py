@@ -26,6 +26,7 @@ from fathom.align.sample import Mode, Rollout, Sample, SampleBatch, pack_samples
 from fathom.align.tuning import Tune, tuning_optimizer
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
+from fathom.devices import use_device
 from fathom.errors import RecipeError
 from fathom.model.transformer import Transformer
 from fathom.optim.lora import Lora
@@ -111,9 +112,10 @@ class Grpo:
                               f"draw.temperature {self.draw.temperature}; allowed: from 0, from 0, at least 1, above 0")
 
 
-def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, console: Console, play: Play = play_here) -> Path:
-    """Run a recipe to its end (or continue it) and return the run's folder; `play` plays its rollouts. Raises Stopped after Ctrl-C."""
-    run, state = Path(recipe.run), None
+def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, console: Console, play: Play = play_here,
+              device: str = "cpu") -> Path:
+    """Run a recipe to its end (or continue it) on a device and return the run's folder; `play` plays its rollouts. Raises Stopped after Ctrl-C."""
+    run, state, on = Path(recipe.run), None, use_device(device)
     if resume:
         recipe = resumed_recipe(run, recipe)
         model, state = continue_run(run)
@@ -124,7 +126,8 @@ def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, cons
         start_run(run, recipe)
         (run / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(run / "tokenizer")
-    reference = load_model(find_model(recipe.base)) if recipe.policy.kl else None
+    reference = load_model(find_model(recipe.base), device=on) if recipe.policy.kl else None
+    model.to(on)
     learner = Learner(recipe, model, tokenizer, environments_named(recipe.environments, known), reference, play)
     schedule = recipe.pace.schedule()
     optimizer = tuning_optimizer(model, recipe.tune, recipe.base, recipe.muon, recipe.adamw, recipe.lora, recipe.seed)
@@ -162,7 +165,7 @@ class Learner:
             metrics |= judge_rollouts(model, self.tokenizer, rollouts, self.environments, recipe.judging, recipe.votes, recipe.draw,
                                       judging_seed(recipe.seed, number))
             parts, skipped = samples_of(rollouts, recipe)
-            batches = [pack_samples(samples, recipe.row_tokens, self.tokenizer.pad_id) for samples in parts]
+            batches = [pack_samples(samples, recipe.row_tokens, self.tokenizer.pad_id).to(model.head.weight.device) for samples in parts]
             for batch, samples in zip(batches, parts, strict=True):
                 share = sum(sample.weight > 0 for sample in samples) * recipe.pace.updates / len(rollouts)
                 batch.numbers.update(observe_policy(model, batch, recipe.draw, self.known), share=torch.tensor(min(share, 1.0)))
@@ -174,7 +177,9 @@ class Learner:
 
     def loss(self, batch: SampleBatch, step: int) -> Losses:
         """The loss of a batch, and numbers for the log."""
-        recipe, numbers, model = self.recipe, batch.numbers, self.model
+        recipe, model = self.recipe, self.model
+        batch = batch.to(model.head.weight.device)
+        numbers = batch.numbers
         self.kept.close()
         if recipe.keep_routing and "routing" in numbers:
             self.kept.enter_context(replayed_routing(model, [*numbers["routing"]]))

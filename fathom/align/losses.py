@@ -30,8 +30,8 @@ class Kept(NamedTuple):
         count_n = self.count_N[first:last]
         begin = int(ends_N[first] - self.count_N[first]) if last > first else 0
         ids = self.ids[begin:begin + int(count_n.sum())].long()
-        mask_nV = torch.zeros(last - first, vocabulary, dtype=torch.bool)
-        mask_nV[torch.repeat_interleave(torch.arange(last - first), count_n), ids] = True
+        mask_nV = torch.zeros(last - first, vocabulary, dtype=torch.bool, device=ids.device)
+        mask_nV[torch.repeat_interleave(torch.arange(last - first, device=ids.device), count_n), ids] = True
         return mask_nV
 
 

@@ -75,7 +75,7 @@ def _kept_tokens(hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor, draw: Dra
         mask_V = filtered((head_VW @ hidden_W / draw.temperature).softmax(-1), sampling) > 0
         mask_V[target] = True
         ids.append(mask_V.nonzero()[:, 0].int())
-    return Kept(torch.cat(ids), torch.tensor([len(each) for each in ids]))
+    return Kept(torch.cat(ids), torch.tensor([len(each) for each in ids], device=target_N.device))
 
 
 def log_path(run: Path, number: int) -> Path:

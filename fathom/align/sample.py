@@ -5,7 +5,8 @@ are packed into rows like documents, with the numbers of every learned position 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -133,6 +134,10 @@ class SampleBatch(Batch):
     sample_N: Tensor
     numbers: dict[str, Tensor]
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device, its numbers too."""
+        return replace(super().to(device), numbers={name: tensor.to(device) for name, tensor in self.numbers.items()})
 
     @property
     def learned_BS(self) -> Tensor:

@@ -32,7 +32,11 @@ from fathom.text import chat
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import LossWeights, objective
-from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
+from fathom.train.parallel import parallelise
+from fathom.train.rank_optimizer import make_optimizer
+from fathom.train.ranks import Parallel, Ranks, join
+from fathom.train.run_folder import first_continues, fit_minutes, restored, resumed_recipe, start_run
+from fathom.train.shares import deal, rank_rows
 
 HELD_OUT_QUESTIONS = 200
 VALIDATION_ROWS = 16
@@ -78,7 +82,8 @@ class Sft:
 
     `messages`: a JSONL file whose rows hold "messages" (OpenAI style) and optionally "thinking_mode" and "reasoning_effort"; `questions`:
     so many generated questions with checked answers, a share of them with reasoning; `demonstrations`: of environments. At least
-    one of them. `tune`: all weights, those of the routed experts, or low-rank additions (`lora`). `minutes`: as in pre-training.
+    one of them. `tune`: all weights, those of the routed experts, or low-rank additions (`lora`). `minutes` and `parallel`: as in
+    pre-training; many processes tune all weights.
     """
 
     run: str
@@ -96,6 +101,7 @@ class Sft:
     adamw: AdamW = field(default_factory=AdamW)
     lora: Lora = field(default_factory=Lora)
     loop: Loop = field(default_factory=Loop)
+    parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self):
         if self.messages is None and self.questions < 1 and self.demonstrations is None:
@@ -104,35 +110,50 @@ class Sft:
             raise RecipeError("minutes are measured for tune all and experts only; give schedule.steps")
         if self.minutes is not None and self.minutes <= 0:
             raise RecipeError(f"minutes is {self.minutes}; allowed: above 0")
+        if self.tune != "all" and self.parallel != Parallel():
+            raise RecipeError(f"tune {self.tune!r} is for one process; leave parallel out, or set tune to all")
         if not 0 <= self.thinking_share <= 1:
             raise RecipeError(f"thinking_share is {self.thinking_share}; allowed: from 0 to 1")
         if len(self.schedule.lengths) != 1:
             raise RecipeError(f"schedule.lengths is {list(self.schedule.lengths)}; fine-tuning takes one length")
 
 
-def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console, known: Mapping[str, Environment]) -> Path:
-    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C."""
+def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console, known: Mapping[str, Environment], device: str = "cpu") -> Path:
+    """Run a recipe to its end (or continue it) on a device and return the run's folder. Raises Stopped after Ctrl-C.
+
+    Started by torchrun, this is one of the recipe's `parallel` ranks, and all of them call it.
+    """
+    with join(recipe.parallel, device) as ranks:
+        return _fine_tune(recipe, root, resume, console, known, ranks)
+
+
+def _fine_tune(recipe: Sft, root: Path, resume: bool, console: Console, known: Mapping[str, Environment], ranks: Ranks) -> Path:
     run, state = Path(recipe.run), None
     if resume:
         recipe = resumed_recipe(run, recipe)
-        model, state = continue_run(run)
+        model, state = first_continues(run, ranks)
         tokenizer = Tokenizer.load(run / "tokenizer")
     else:
         folder = find_model(recipe.base)
         model, tokenizer = load_model(folder), Tokenizer.load(folder)
-        start_run(run, recipe)
-        (run / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(run / "tokenizer")
+        ranks.lead(lambda: start_run(run, recipe))
+        ranks.lead(lambda: _save_tokenizer(tokenizer, run / "tokenizer"))
     data = _data(recipe, root, tokenizer, model.config.vocab_size, known)
     console.print(f"{data.conversations:,} conversations in {data.train.rows_in_epoch(0):,} rows of "
                   f"{data.train.sequence_length} tokens, {data.train.efficiency:.1%} full", soft_wrap=True)
     if recipe.minutes and not resume:
-        recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, data), console)
-    optimizer = tuning_optimizer(model, recipe.tune, recipe.base, recipe.muon, recipe.adamw, recipe.lora, recipe.seed)
-    optimizer = restored(optimizer, state)
-    run_stage(run, model, tokenizer, optimizer, _stage(recipe, model, data), recipe.schedule.steps,
-              state.step if state else 0, recipe.loop, console)
+        recipe = fit_minutes(recipe, model, lambda trial: _stage(recipe, trial, data, ranks), console, ranks)
+    model = parallelise(model, ranks)
+    optimizer = (make_optimizer(model, recipe.muon, recipe.adamw, ranks) if recipe.tune == "all" else
+                 tuning_optimizer(model, recipe.tune, recipe.base, recipe.muon, recipe.adamw, recipe.lora, recipe.seed))
+    run_stage(run, model, tokenizer, restored(optimizer, state), _stage(recipe, model, data, ranks), recipe.schedule.steps,
+              state.step if state else 0, recipe.loop, console, ranks=ranks)
     return run
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder)
 
 
 @dataclass(frozen=True)
@@ -153,14 +174,14 @@ def _data(recipe: Sft, root: Path, tokenizer: Tokenizer, vocab_size: int, known:
                    token_byte_lengths(tokenizer, vocab_size))
 
 
-def _stage(recipe: Sft, model: Transformer, data: SftData) -> Stage:
-    schedule = recipe.schedule
+def _stage(recipe: Sft, model: Transformer, data: SftData, ranks: Ranks) -> Stage:
+    schedule, validation = recipe.schedule, deal(data.validation, ranks) if data.validation else []
     return Stage(
-        batch=lambda step: data.train.rows(schedule.first_row_at(step), schedule.batch_rows_at(step)),
+        batch=lambda step: rank_rows(data.train, schedule.first_row_at(step), schedule.batch_rows_at(step), ranks),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), "sparse"),
         rate=schedule.rate_at, bias_speed=schedule.bias_speed_at if recipe.tune == "all" else lambda step: 0.0,
         quantised=schedule.quantised_at,
-        validate=(lambda: bits_per_byte(model, data.validation, data.byte_lengths_V)) if data.validation else None)
+        validate=(lambda: bits_per_byte(model, validation, data.byte_lengths_V, ranks.sum)) if data.validation else None)
 
 
 def conversations(recipe: Sft, root: Path, held_out: bool, known: Mapping[str, Environment]) -> list[Conversation]:

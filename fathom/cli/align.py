@@ -1,5 +1,6 @@
 """Post-training: `fathom sft`, `grpo`, `distill`, `average`, `score`, `pipeline`."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fathom.cli.options import RecipeArgument, ResumeOption, SetOption
+from fathom.cli.options import RecipeArgument, ResumeOption, SetOption, TrainingDeviceOption
 
 align = typer.Typer(rich_markup_mode=None)
 WorkersOption = Annotated[Optional[int], typer.Option("--workers", help="Ray actors that sample the rollouts (extra: ray); default: this process.")]
@@ -34,7 +35,7 @@ def _player(workers: Optional[int]) -> Iterator[Callable]:
 
 
 @align.command(epilog="Example:  fathom sft recipes/tiny-chat.toml --set base=runs/first")
-def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False) -> None:
+def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, device: TrainingDeviceOption = "auto") -> None:
     """Fine-tune a model on conversations. Ctrl-C saves and stops; --resume continues the same curve."""
     from rich.console import Console
 
@@ -42,13 +43,14 @@ def sft(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = F
     from fathom.align.sft import Sft, fine_tune
     from fathom.recipe import load
 
-    console = Console()
-    run = fine_tune(load(Sft, recipe, set_ or []), recipe.parent, resume, console, Domains())
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of many the first one talks
+    run = fine_tune(load(Sft, recipe, set_ or []), recipe.parent, resume, console, Domains(), device)
     console.print(f"done: {run}  (talk to it: fathom chat {run})", soft_wrap=True)
 
 
 @align.command(epilog="Example:  fathom grpo recipes/pipeline/grpo.toml --set base=runs/tiny-chat --set run=runs/tiny-math")
-def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, workers: WorkersOption = None) -> None:
+def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, workers: WorkersOption = None,
+         device: TrainingDeviceOption = "auto") -> None:
     """Reinforce a model on tasks whose answers a program checks. Ctrl-C saves and stops; --resume continues, even inside a round."""
     from rich.console import Console
 
@@ -58,12 +60,13 @@ def grpo(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = 
 
     console = Console()
     with _player(workers) as play:
-        run = reinforce(load(Grpo, recipe, set_ or []), Domains(), resume, console, play)
+        run = reinforce(load(Grpo, recipe, set_ or []), Domains(), resume, console, play, device)
     console.print(f"done: {run}  (measure it: fathom score {run} --environment math)", soft_wrap=True)
 
 
 @align.command(epilog="Example:  fathom distill recipes/pipeline/distill.toml --set base=runs/tiny-chat --set run=runs/student")
-def distill(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, workers: WorkersOption = None) -> None:
+def distill(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, workers: WorkersOption = None,
+            device: TrainingDeviceOption = "auto") -> None:
     """Make one student of several teachers, on its own samples. Ctrl-C saves and stops; --resume continues, even inside a round."""
     from rich.console import Console
 
@@ -74,7 +77,7 @@ def distill(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption
 
     console = Console()
     with _player(workers) as play:
-        run = run_distillation(load(Distill, recipe, set_ or []), Domains(), resume, console, play)
+        run = run_distillation(load(Distill, recipe, set_ or []), Domains(), resume, console, play, device)
     console.print(f"done: {run}  (talk to it: fathom chat {run})", soft_wrap=True)
 
 

@@ -24,6 +24,7 @@ from fathom.cli.options import (
     SetOption,
     TemperatureOption,
     TopPOption,
+    TrainingDeviceOption,
 )
 from fathom.errors import FathomError, RecipeError
 
@@ -37,7 +38,8 @@ app.registered_commands += align.registered_commands
 
 
 @app.command(epilog="Example:  fathom train recipes/tiny.toml --set minutes=1 --set run=runs/first   or   fathom train recipes/flash.toml --dry-run")
-def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, dry: DryRunOption = False) -> None:
+def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption = False, dry: DryRunOption = False,
+          device: TrainingDeviceOption = "auto") -> None:
     """Pre-train a model from a recipe. Ctrl-C saves and stops; --resume continues the same curve."""
     from rich.console import Console
 
@@ -48,7 +50,7 @@ def train(recipe: RecipeArgument, set_: SetOption = None, resume: ResumeOption =
     if dry:
         dry_run(loaded, recipe.parent, console)
         return
-    run = pretrain(loaded, recipe.parent, resume, console)
+    run = pretrain(loaded, recipe.parent, resume, console, device)
     console.print(f"done: {run}  (talk to it: fathom generate {run} --prompt ...)", soft_wrap=True)
 
 

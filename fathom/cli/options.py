@@ -16,6 +16,7 @@ ModelArgument = Annotated[Path, typer.Argument(
 SeedOption = Annotated[Optional[int], typer.Option(help="Same seed, same text.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
+TrainingDeviceOption = Annotated[str, typer.Option("--device", help="What computes: auto (the accelerator where there is one), cpu, cuda, cuda:1, xpu, ...")]
 DeviceOption = Annotated[str, typer.Option("--device", help="What computes: cpu, cuda, cuda:1, xpu, ...")]
 PackedOption = Annotated[bool, typer.Option(
     "--packed", help="Compute as released: FP8 and FP4 weights stay packed, the cache is in FP8 and FP4.")]

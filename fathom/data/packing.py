@@ -4,10 +4,11 @@ Report section 4.1 (packing with sample-level attention). A batch says where eac
 alone, which restart at 0. Knows no corpus, tokenizer or model; a batch depends on the seed and its number only.
 """
 
+import dataclasses
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ class Batch:
     tokens_BS: Tensor
     targets_BS: Tensor  # the next token of the same document, or IGNORE
     positions_BS: Tensor  # restart at 0 where a document, or a piece of a long one, begins
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)})
 
 
 @dataclass

@@ -35,11 +35,11 @@ def held_out_batches(store: TokenStore, sequence_length: int, pad_id: int, limit
 def bits_per_byte(model: Transformer, batches: Iterable[Batch], byte_lengths_V: Tensor,
                   add: Callable[[Tensor], Tensor] = lambda x: x) -> float:
     """Total negative log2-likelihood of all targets over the bytes they stand for; `add` sums a tensor over those who share the batches."""
-    nats, size = 0.0, 0
-    for batch in batches:
+    nats, size, device = 0.0, 0, model.head.weight.device
+    for batch in (batch.to(device) for batch in batches):
         features = model.features(batch.tokens_BS, batch.positions_BS, [], None)
         target_N = batch.targets_BS.flatten()
         nats += float(ops.cross_entropy(features.hidden_BSW.flatten(0, 1), model.head.weight, target_N))
-        size += int(byte_lengths_V[target_N[target_N != ops.IGNORE]].sum())
+        size += int(byte_lengths_V[target_N[target_N != ops.IGNORE].cpu()].sum())
     nats, size = add(torch.tensor([nats, size], dtype=torch.float64)).tolist()
     return nats / math.log(2) / max(size, 1)

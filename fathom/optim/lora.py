@@ -46,7 +46,7 @@ class LoraOptimizer:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in names)
         self.parameters = {name: parameters[name] for name in names}
-        self.base = {name: base[name].detach().clone() for name in names}
+        self.base = {name: base[name].detach().to(parameters[name].device, copy=True) for name in names}
         self.scale = settings.alpha / settings.rank
         generator = torch.Generator().manual_seed(seed)
         self.thin: dict[str, Tensor] = {}

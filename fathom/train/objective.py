@@ -85,7 +85,7 @@ def objective(model: Transformer, batch: Batch | Share, weights: LossWeights, mt
     "warmup" the indexer's divergence is all there is to minimise (inside `phases.attending`), and the other parts are numbers for the log.
     """
     mtp_weight = 0.0 if phase == "warmup" else mtp_weight
-    share = batch if isinstance(batch, Share) else whole_share(model, batch)
+    share = batch if isinstance(batch, Share) else whole_share(model, batch.to(model.head.weight.device))
     depths = len(model.mtp) if mtp_weight > 0 else 0
     features = model.features(share.tokens_BS, share.positions_BS, share.next_tokens[:depths], phase, share.layout, share.cache)
     total = loss = _cross_entropy(features.hidden_BSW, model.head.weight, share, 0)

@@ -27,8 +27,6 @@ def parallelise(model: Transformer, ranks: Ranks) -> Transformer:
 
     RecipeError where the experts do not divide by the expert ranks, or an attention needs whole rows.
     """
-    if ranks.count == 1:
-        return model
     model.to(ranks.device)
     if ranks.expert_ranks > 1:
         _shard_experts(model, ranks)

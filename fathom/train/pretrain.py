@@ -34,7 +34,7 @@ from fathom.train.phases import check_phases
 from fathom.train.plan import Cost, Optimizers, Plan, cost, show
 from fathom.train.rank_optimizer import make_optimizer
 from fathom.train.ranks import Parallel, Ranks, join
-from fathom.train.run_folder import continue_run, fit_minutes, resumed_recipe, restored, start_run
+from fathom.train.run_folder import first_continues, fit_minutes, restored, resumed_recipe, start_run
 from fathom.train.shares import deal, rank_rows
 from fathom.train.stability import Guard, Stability
 from fathom.train.tracking import Tracking
@@ -118,12 +118,12 @@ class Corpus:
     held_out: TokenStore
 
 
-def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console) -> Path:
-    """Run a recipe to its end (or continue it) and return the run's folder. Raises Stopped after Ctrl-C.
+def pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, device: str = "cpu") -> Path:
+    """Run a recipe to its end (or continue it) on a device and return the run's folder. Raises Stopped after Ctrl-C.
 
     Started by torchrun, this is one of the recipe's `parallel` ranks, and all of them call it.
     """
-    with join(recipe.parallel) as ranks:
+    with join(recipe.parallel, device) as ranks:
         return _pretrain(recipe, root, resume, console, ranks)
 
 
@@ -131,9 +131,7 @@ def _pretrain(recipe: Pretrain, root: Path, resume: bool, console: Console, rank
     run, state = Path(recipe.run), None
     if resume:
         recipe = resumed_recipe(run, recipe)
-        loaded = []
-        ranks.lead(lambda: loaded.append(continue_run(run)))  # first alone: what is wrong with a checkpoint is said once
-        model, state = loaded[0] if loaded else continue_run(run)
+        model, state = first_continues(run, ranks)
         config = model.config
     else:
         config = model_config(recipe, root)
@@ -174,7 +172,7 @@ def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus, ranks: Ranks) -
     schedule, pad_id, data = recipe.schedule, corpus.tokenizer.pad_id, recipe.data
     packed = {length: PackedData(corpus.train, length, recipe.seed, pad_id) for length in schedule.lengths}
     validation = deal(held_out_batches(corpus.held_out, data.validation_length or schedule.lengths[-1], pad_id, data.validation_tokens), ranks)
-    byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size).to(ranks.device)
+    byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size)
     return Stage(
         batch=lambda step: rank_rows(packed[schedule.length_at(step)], schedule.first_row_at(step), schedule.batch_rows_at(step), ranks),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), schedule.attention_at(step)),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fathom.devices import use_device
 from fathom.errors import FathomError, RecipeError
 
 Group = dist.ProcessGroup
@@ -78,10 +79,9 @@ class Ranks:
 
     rank, count, first = 0, 1, True
     batch_index, batch_ranks, context_index, context_ranks, expert_index, expert_ranks = 0, 1, 0, 1, 0, 1
-    device = torch.device("cpu")
 
-    def __init__(self, parallel: Parallel):
-        self.parallel = parallel
+    def __init__(self, parallel: Parallel, device: torch.device = torch.device("cpu")):
+        self.parallel, self.device = parallel, device
 
     @property
     def one_pass(self) -> bool:
@@ -119,10 +119,8 @@ ALONE = Ranks(Parallel())
 class Processes(Ranks):
     """This process as one of many, that `connect` has brought together."""
 
-    def __init__(self, parallel: Parallel):
-        super().__init__(parallel)
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", torch.cuda.current_device())
+    def __init__(self, parallel: Parallel, device: torch.device = torch.device("cpu")):
+        super().__init__(parallel, device)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first, self.parent = self.rank == 0, os.getppid()
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, parallel.sizes, mesh_dim_names=AXES)
@@ -189,29 +187,33 @@ class Processes(Ranks):
         dist.destroy_process_group()
 
 
-def connect(timeout: float) -> None:
-    """Find the other processes: over NCCL where there is CUDA, else over gloo. `timeout` in seconds."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+def connect(timeout: float, device: torch.device = torch.device("cpu")) -> None:
+    """Find the other processes, over what this kind of device speaks (NCCL for CUDA, gloo for the CPU). `timeout` in seconds."""
+    dist.init_process_group(dist.get_default_backend_for_device(device), timeout=timedelta(seconds=timeout))
+
+
+def _own_device(name: str) -> torch.device:
+    """Of a kind of device, the one that is this rank's on its machine."""
+    device = use_device(name)
+    return device if device.type == "cpu" or ":" in name else use_device(f"{device.type}:{os.environ.get('LOCAL_RANK', '0')}")
 
 
 @contextmanager
-def join(parallel: Parallel) -> Iterator[Ranks]:
-    """Inside, this process is one of the run's ranks.
+def join(parallel: Parallel, device: str = "cpu") -> Iterator[Ranks]:
+    """Inside, this process is one of the run's ranks, on a device: of many that are named by their kind, on its own.
 
-    RecipeError where `parallel` does not multiply to the number of processes; RankLost, within `timeout`, where another one is lost.
+    InputError where there is no such device, RecipeError where `parallel` does not multiply to the number of processes; RankLost, within `timeout`, where another one is lost.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     _check(parallel, count)
     if count == 1:
-        yield Ranks(parallel)
+        yield Ranks(parallel, use_device(device))
         return
     ranks = None
     try:
-        connect(parallel.timeout)
-        ranks = Processes(parallel)
+        own = _own_device(device)
+        connect(parallel.timeout, own)
+        ranks = Processes(parallel, own)
         yield ranks
         ranks.part()
     except (KeyboardInterrupt, FathomError) as end:

@@ -86,6 +86,13 @@ def continue_run(run: Path) -> tuple[Transformer, TrainingState]:
     return model, state
 
 
+def first_continues(run: Path, ranks: Ranks) -> tuple[Transformer, TrainingState]:
+    """`continue_run` on every rank; on the first one alone before the others, so that what is wrong with a checkpoint is said once."""
+    loaded: list[tuple[Transformer, TrainingState]] = []
+    ranks.lead(lambda: loaded.append(continue_run(run)))
+    return loaded[0] if loaded else continue_run(run)
+
+
 def restored(optimizer: Optimizer, state: TrainingState | None) -> Optimizer:
     """The optimiser with the state of a checkpoint, or as it is for a fresh start."""
     if state is not None:

@@ -143,4 +143,4 @@ def _real(batch: Batch) -> int:
 
 def _on(batch: Batch, ranks: Ranks) -> Batch:
     """The batch on the rank's device."""
-    return Batch(*(x.to(ranks.device) for x in (batch.tokens_BS, batch.targets_BS, batch.positions_BS)))
+    return Batch(batch.tokens_BS, batch.targets_BS, batch.positions_BS).to(ranks.device)

@@ -8,16 +8,19 @@ from rich.console import Console
 
 from fathom.align.environments.base import assistant
 from fathom.align.environments.math import MathEnvironment
+from fathom.align.pipeline_runner import Runner, StageCommand
 from fathom.align.sft import Demonstrations, Sft, conversations, examples, fine_tune
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
 from fathom.errors import CheckpointError, FathomError, RecipeError
 from fathom.files import alone_in
 from fathom.optim.lora import Lora, LoraOptimizer, lora_names
-from fathom.optim.muon import AdamW
+from fathom.optim.muon import AdamW, Muon
 from fathom.optim.schedules import Schedule
 from fathom.text.tokenizer import EOS, THINK, THINK_END, USER
 from fathom.train.loop import Loop
+from fathom.train.ranks import Parallel
+from fathom.train.tracking import read_metrics
 from tests.align.test_grpo import start, wait_for, weights, written
 from tests.align.toy import TOYS, micro_folder, micro_tokenizer, run
 from tests.models import random_model, small_config
@@ -173,6 +176,18 @@ def test_a_lora_run_that_was_killed_equals_an_unbroken_one(base, tmp_path):
     assert weights(folders[1] / "run", 24) == weights(folders[0] / "run", 24)
 
 
+def test_two_ranks_learn_what_one_process_learns(base, tmp_path):
+    learned = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        wanted = recipe(base, folder / "run", demonstrations=Demonstrations(("math",), 24), muon=Muon(precision="float32"), parallel=Parallel(ranks),
+                        schedule=Schedule(6, 512, lengths=(256,), warmup_steps=1, decay_steps=2, peak_rate=0.01, final_rate=0.001))
+        Runner(folder, [StageCommand("sft", ("sft", str(written(wanted, folder))), (), folder / "run", ranks=ranks)], 2, QUIET).run()
+        learned.append([loss for _, loss in losses(folder / "run")] + [float(line["validation_bits_per_byte"]) for line in read_metrics(folder / "run") if "validation_bits_per_byte" in line])
+    assert len(learned[0]) == 7 and learned[1] == pytest.approx(learned[0], rel=1e-3) and learned[1] != learned[0]
+
+
 def test_a_state_of_another_adapter_is_refused(base):
     model = load_model(base)
     optimizer = LoraOptimizer(model, dict(load_model(base).named_parameters()), Lora(2), AdamW(), 0)
@@ -183,6 +198,7 @@ def test_a_state_of_another_adapter_is_refused(base):
 
 @pytest.mark.parametrize("changes, complaint", [
     (dict(demonstrations=None), "nothing to learn"), (dict(tune="lora", minutes=1.0), "minutes are measured"),
+    (dict(tune="experts", parallel=Parallel(2)), "tune 'experts' is for one process"),
 ])
 def test_recipes_that_cannot_work_are_refused(base, tmp_path, changes, complaint):
     with pytest.raises(RecipeError, match=complaint):
