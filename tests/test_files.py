@@ -3,14 +3,17 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from fathom.align.domains import Domains
 from fathom.align.pipeline import Pipeline, Size, run_pipeline
 from fathom.errors import CheckpointError, FathomError
 from fathom.files import alone_in
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "pipeline"
 HOLD = "import sys, time; from fathom.files import alone_in\nwith alone_in(sys.argv[1]): print('held', flush=True); time.sleep(600)"
 
 
@@ -45,5 +48,5 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 def test_a_pipeline_refuses_a_folder_where_another_one_works_and_touches_nothing(held):
     folder, _ = held
     with pytest.raises(FathomError, match="another process works in"):
-        run_pipeline(Pipeline(str(folder), (Size("flash", "small-flash.json"),)), folder, {}, lambda recipe: folder, Console(quiet=True))
+        run_pipeline(Pipeline(str(folder), (Size("flash", "small-flash.json"),)), RECIPES, Domains(), lambda recipe: folder, Console(quiet=True))
     assert [path.name for path in folder.iterdir()] == [".lock"]

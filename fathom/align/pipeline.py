@@ -1,18 +1,12 @@
-"""The whole of post-training as stages: base, specialists, one student, comparisons, scores, report (report section 5.1).
+"""The whole of post-training as stages: base, a start on all domains, specialists, one student, comparisons, scores, report (report 5.1).
 
 Every stage is a command of its own in a process of its own, with a recipe that also works alone. A finished stage leaves a marker with
 its command and the checksums of what it made; started again, the pipeline runs what is missing and continues what was
 stopped.
 """
 
-import ctypes
 import json
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,16 +17,14 @@ from rich.console import Console
 
 from fathom import recipe as recipes
 from fathom.align.environments.base import EFFORTS, SEEDS, Environment
+from fathom.align.pipeline_runner import Runner, StageCommand, add_seconds
 from fathom.align.rollout import environments_named
-from fathom.checkpoint.training import list_checkpoints
 from fathom.data.recall import repeating_texts
-from fathom.errors import FathomError, RecipeError
-from fathom.files import alone_in, sha256, write_text
-from fathom.signals import termination_as_interrupt
+from fathom.errors import RecipeError
+from fathom.files import alone_in, write_text
 from fathom.text import chat
 from fathom.text.tokenizer import DSML, EOS, SPECIAL_TOKENS, Tokenizer
 
-POLL_SECONDS = 0.2
 EFFORTS_OF_CORPUS = (2, 5, 3)  # how often chat, high and max: without its working, a result is a guess
 JUDGING = ("judging", "judged-math")
 SECONDS = "seconds"  # of all calls together, from start to end
@@ -43,12 +35,14 @@ OF_CORPUS = ("environments", "levels", "documents", "repeats", "vocabulary", "se
 @dataclass(frozen=True)
 class Size:
     """A model size: its name, its config.json, whether it gets specialists and comparisons of its own, and recipes of its own:
-    `NAME.suffix.toml` is taken before NAME.toml. A size without takes the first full size's specialists as its student's teachers.
+    `NAME.suffix.toml` is taken before NAME.toml. A size without takes the first full size's specialists as its student's teachers. `ranks`
+    processes train its base and its start together, since little else can begin before those end.
     """
 
     name: str
     model: str
     full: bool = True
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,8 +84,8 @@ class Pipeline:
         for name in ("documents", "teacher_weights", "teacher_shares"):
             if len(getattr(self, name)) not in (1, len(self.environments)):
                 raise RecipeError(f"{name} has {len(getattr(self, name))} numbers; give one, or one for each of {len(self.environments)} environments")
-        if min(*self.documents, self.workers, self.tasks, self.score_tokens) < 1:
-            raise RecipeError("documents, workers, tasks and score_tokens must be at least 1")
+        if min(*self.documents, self.workers, self.tasks, self.score_tokens, *(size.ranks for size in self.sizes)) < 1:
+            raise RecipeError("documents, workers, tasks, score_tokens and the ranks of sizes must be at least 1")
         if min(self.teacher_weights) <= 0 or min(self.teacher_shares) < 1:
             raise RecipeError(f"teacher_weights is {list(self.teacher_weights)}, teacher_shares {list(self.teacher_shares)}; allowed: above 0, at least 1")
         if self.repeats < 0:
@@ -103,41 +97,26 @@ class Pipeline:
         return next(size.name for size in self.sizes if size.full)
 
 
-@dataclass(frozen=True)
-class StageCommand:
-    """A stage: its name, what `fathom` runs, the stages before it, the folder or file that it makes, and files that it reads beside those."""
-
-    name: str
-    arguments: tuple[str, ...]
-    after: tuple[str, ...]
-    makes: Path
-    reads: tuple[Path, ...] = ()
-
-
-class StageFailed(FathomError):
-    """A stage of a pipeline ended with an error."""
-
-
 def run_pipeline(recipe: Pipeline, root: Path, known: Mapping[str, Environment], report: Callable[[Pipeline], Path], console: Console) -> Path:
     """Run what is missing and write the report; its path. KeyboardInterrupt after Ctrl-C or SIGTERM, with every stage stopped and saved.
     InputError for an environment that does not exist.
     """
-    run = Path(recipe.run)
+    run, planned = Path(recipe.run), stages(recipe, root)
+    environments_named((*recipe.environments, *recipe.budget_environments), known)
     with alone_in(run):
-        environments_named((*recipe.environments, *recipe.budget_environments), known)
         began = time.monotonic()
         write_text(run / "recipe.toml", recipes.dump(recipe))
         try:
             prepare_corpus(recipe, root, known, console)
-            Runner(run, stages(recipe, root), recipe.workers, console).run()
+            Runner(run, planned, recipe.workers, console).run()
         finally:
-            _add_seconds(run / SECONDS, time.monotonic() - began)
+            add_seconds(run / SECONDS, time.monotonic() - began)
         return report(recipe)
 
 
 def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
-    """All stages, each after those that it needs and before its own scores; what can begin at the same time in the order to begin it in, the
-    student first, since what comes last waits for it.
+    """All stages, each after those that it needs and before its own scores; what can begin at the same time in the order to begin it in.
+    Specialists begin where the student does, after its fine-tuning on all domains.
     """
     run, found = Path(recipe.run), []
 
@@ -147,10 +126,10 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
             raise RecipeError(f"{root / names[-1]}.toml is missing; the pipeline needs a recipe for this stage")
         return str(path)
 
-    def add(name: str, verb: str, recipe_file: str, after: Sequence[str], reads: Sequence[str] = (), **fields: object) -> str:
+    def add(name: str, verb: str, recipe_file: str, after: Sequence[str], reads: Sequence[str] = (), ranks: int = 1, **fields: object) -> str:
         settings = {"run": str(run / name)} | fields
         sets = [part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={_toml(value)}")]
-        found.append(StageCommand(name, (verb, recipe_file, *sets), tuple(after), run / name, tuple(map(Path, reads))))
+        found.append(StageCommand(name, (verb, recipe_file, *sets), tuple(after), run / name, tuple(map(Path, reads)), ranks))
         return name
 
     sources = [str((run / "corpus.jsonl").resolve()), *(str((root / path).resolve()) for path in recipe.text)]
@@ -159,13 +138,13 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
         s = size.name
         model = str((root / size.model).resolve())
         base = add(f"{s}/base", "train", toml(f"base-{s}", "base"), (), [*sources, str(tokenizer / "tokenizer.json"), model], model=model,
-                   data__sources=sources, data__tokenizer=str(tokenizer))
-        student = add(f"{s}/student", "sft", toml(f"student-{s}", "student"), [base], base=str(run / base),
-                      demonstrations__environments=list(recipe.environments))
+                   data__sources=sources, data__tokenizer=str(tokenizer), ranks=size.ranks, parallel__data=size.ranks)
+        student = add(f"{s}/student", "sft", toml(f"student-{s}", "student"), [base], base=str(run / base), ranks=size.ranks,
+                      parallel__data=size.ranks, demonstrations__environments=list(recipe.environments))
         specialists = {}
         for name in recipe.environments if size.full else ():
-            started = add(f"{s}/sft-{name}", "sft", toml(f"specialist-{name}", f"specialist-{s}", "specialist"), [base],
-                          base=str(run / base), demonstrations__environments=[name])
+            started = add(f"{s}/sft-{name}", "sft", toml(f"specialist-{name}", f"specialist-{s}", "specialist"), [student],
+                          base=str(run / student), demonstrations__environments=[name])
             specialists[name] = add(f"{s}/grpo-{name}", "grpo", toml(f"grpo-{name}", f"grpo-{s}", "grpo"), [started],
                                     base=str(run / started), environments=[name])
         taught_by = {name: specialists.get(name, f"{recipe.teachers_size}/grpo-{name}") for name in recipe.environments}
@@ -178,7 +157,7 @@ def stages(recipe: Pipeline, root: Path) -> list[StageCommand]:
                 samples="teachers")
             add(f"{s}/mixed", "grpo", toml(f"mixed-{s}", "mixed"), [student], base=str(run / student), environments=list(recipe.environments))
             if recipe.judge:
-                started = add(f"{s}/sft-judge", "sft", toml("specialist-judge", f"specialist-{s}", "specialist"), [base], base=str(run / base),
+                started = add(f"{s}/sft-judge", "sft", toml("specialist-judge", f"specialist-{s}", "specialist"), [student], base=str(run / student),
                               demonstrations__environments=[*JUDGING], demonstrations__careless=0.0)
                 add(f"{s}/judge", "grpo", toml("grpo-judge", f"grpo-{s}", "grpo"), [started], base=str(run / started), environments=[*JUDGING])
             paths = [str(run / stage) for stage in specialists.values()]
@@ -202,112 +181,16 @@ def _scores(recipe: Pipeline, stage: StageCommand) -> list[StageCommand]:
             "--seed", str(recipe.seed), "--out", str(out), *more), (stage.name,), out)
 
     names = JUDGING if "judge" in model else recipe.environments
-    found = [score("score", names, "chat,high,max" if whole else "chat,high", recipe.tasks, "scores")]
     at_home = [name for name in recipe.environments if model in (f"sft-{name}", f"grpo-{name}")]
-    if recipe.claim_tasks > recipe.tasks and size == recipe.teachers_size and (at_home or model in STUDENTS):
-        found.append(score("claim", at_home or recipe.environments, "high", recipe.claim_tasks, "claims"))
+    claimed = recipe.claim_tasks > recipe.tasks and size == recipe.teachers_size and (at_home or (model in STUDENTS and recipe.environments))
+    modes = ["chat", *(["high"] if claimed != recipe.environments else []), *(["max"] if whole else [])]
+    found = [score("score", names, ",".join(modes), recipe.tasks, "scores")]
+    if claimed:
+        found.append(score("claim", claimed, "high", recipe.claim_tasks, "claims"))
     thinking = [name for name in recipe.budget_environments if name in recipe.environments]
     if whole and recipe.budgets and thinking:
         found.append(score("budgets", thinking, "high,max", recipe.tasks, "budgets", "--budgets", ",".join(map(str, recipe.budgets))))
     return found
-
-
-class Runner:
-    """Runs stages in processes, `workers` at a time, each with one thread, and remembers in markers which are done."""
-
-    program = (sys.executable, "-m", "fathom.cli")
-
-    def __init__(self, run: Path, stages: Sequence[StageCommand], workers: int, console: Console):
-        self.run_folder, self.stages, self.workers, self.console = run, stages, workers, console
-        self.by_name = {stage.name: stage for stage in stages}
-        needed = {name for stage in stages for name in stage.after}
-        self.in_order = sorted(stages, key=lambda stage: stage.name not in needed)  # scores, for which nothing waits, fill the gaps
-        self.done: set[str] = set()
-        self._skip_done()
-        self.running: dict[StageCommand, tuple[subprocess.Popen, float]] = {}
-
-    def run(self) -> None:
-        """Run until all are done. StageFailed names the first that failed and its log, after the others were stopped."""
-        with termination_as_interrupt():
-            try:
-                while len(self.done) < len(self.stages):
-                    self._start()
-                    time.sleep(POLL_SECONDS)
-                    self._collect()
-            finally:
-                self._stop()
-
-    def _skip_done(self) -> None:
-        """Take over, in order, what was done before from the very same inputs."""
-        for stage in self.stages:
-            if stage.name not in self.done and self._is_done(stage):
-                self.done.add(stage.name)
-                self.console.print(f"{stage.name}: done before", soft_wrap=True)
-
-    def _start(self) -> None:
-        for stage in self.in_order:
-            waits = stage.name in self.done or stage in self.running or not self.done.issuperset(stage.after)
-            if not waits and len(self.running) < self.workers:
-                resumes = self._continues(stage)
-                log = self._path(stage, "log")
-                with open(log, "ab") as file:
-                    process = subprocess.Popen([*self.program, *stage.arguments, *(["--resume"] if resumes else [])], stdout=file,
-                                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                                               env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=_die_with_parent)
-                self.running[stage] = process, time.monotonic()
-                self.console.print(f"{stage.name}: {'continues' if resumes else 'starts'}", soft_wrap=True)
-
-    def _continues(self, stage: StageCommand) -> bool:
-        """Whether there is a checkpoint to go on from. What was begun from other inputs is deleted first."""
-        begun, key = self._path(stage, "begun"), json.dumps(self._key(stage), indent=2) + "\n"
-        if not begun.is_file() or begun.read_text(encoding="utf-8") != key:
-            shutil.rmtree(stage.makes, ignore_errors=True)
-            stage.makes.unlink(missing_ok=True)
-            self._path(stage, "seconds").unlink(missing_ok=True)
-            write_text(begun, key)
-        return bool(list_checkpoints(stage.makes))
-
-    def _key(self, stage: StageCommand) -> dict:
-        """All that decides what a stage makes: its command, its recipe, the files it reads, and the results of the stages before it."""
-        recipe = sha256(Path(stage.arguments[1])) if stage.arguments[1].endswith(".toml") else None
-        return {"arguments": [*stage.arguments], "recipe": recipe, "files": [sha256(path) for path in stage.reads],
-                "inputs": {name: _checksums(self.by_name[name].makes) for name in stage.after}}
-
-    def _collect(self) -> None:
-        for stage, (process, began) in [*self.running.items()]:
-            if process.poll() is None:
-                continue
-            del self.running[stage]
-            if process.returncode:
-                tail = self._path(stage, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                raise StageFailed(f"stage {stage.name} failed ({' '.join(tail)}); its output is in {self._path(stage, 'log')}; "
-                                  "run the pipeline again to go on")
-            seconds = time.monotonic() - began
-            _add_seconds(self._path(stage, "seconds"), seconds)
-            marker = self._key(stage) | {"checksums": _checksums(stage.makes), "seconds": seconds_in(self._path(stage, "seconds"))}
-            write_text(self._path(stage, "json"), json.dumps(marker, indent=2) + "\n")
-            self.done.add(stage.name)
-            self.console.print(f"{stage.name}: done in {seconds / 60:.1f} minutes", soft_wrap=True)
-            self._skip_done()
-
-    def _stop(self) -> None:
-        """Ask what still runs to save and end."""
-        for process, _ in self.running.values():
-            process.send_signal(signal.SIGTERM)
-        for stage, (process, began) in self.running.items():
-            process.wait()
-            _add_seconds(self._path(stage, "seconds"), time.monotonic() - began)
-
-    def _is_done(self, stage: StageCommand) -> bool:
-        try:
-            marker = json.loads(self._path(stage, "json").read_text(encoding="utf-8"))
-            wanted = self._key(stage) | {"checksums": _checksums(stage.makes)}
-            return self.done.issuperset(stage.after) and all(marker[name] == value for name, value in wanted.items())
-        except (OSError, ValueError, KeyError, StageFailed):
-            return False
-
-    def _path(self, stage: StageCommand, suffix: str) -> Path:
-        return self.run_folder / "stages" / f"{stage.name.replace('/', '.')}.{suffix}"
 
 
 def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment], console: Console) -> None:
@@ -346,32 +229,6 @@ def plain_text(messages: list[dict], effort: str) -> str:
     for token in SPECIAL_TOKENS:
         text = text.replace(token, "\n\n" if token == EOS else "" if token == DSML else "\n")
     return text.strip()
-
-
-def _checksums(path: Path) -> dict[str, str]:
-    """Of a file; of a run's newest checkpoint, whose manifest has those of all files; or of a model folder's files."""
-    if path.is_file():
-        return {path.name: sha256(path)}
-    checkpoints = list_checkpoints(path)
-    files = [checkpoints[-1] / "training" / "manifest.json"] if checkpoints else sorted(path.glob("*.*"))
-    if not files:
-        raise StageFailed(f"{path} was not made")
-    return {str(file.relative_to(path)): sha256(file) for file in files}
-
-
-def seconds_in(path: Path) -> float:
-    """What has been added up in this file; 0 without it."""
-    return float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
-
-
-def _add_seconds(path: Path, seconds: float) -> None:
-    write_text(path, f"{seconds_in(path) + seconds}\n")
-
-
-def _die_with_parent() -> None:
-    """Where Linux can: a stage does not outlive a pipeline that was killed, so that the next one may continue it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _toml(value: object) -> str:

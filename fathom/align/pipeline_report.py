@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fathom.accounting import parameters
-from fathom.align.pipeline import JUDGING, SECONDS, Pipeline, seconds_in
+from fathom.align.pipeline import JUDGING, SECONDS, Pipeline
+from fathom.align.pipeline_runner import seconds_in
 from fathom.align.scores import Row
 from fathom.checkpoint.training import find_model
 from fathom.config import ModelConfig
@@ -161,7 +162,7 @@ def _heading(recipe: Pipeline) -> str:
         counts = parameters(ModelConfig.load(find_model(Path(recipe.run) / size.name / "distilled")))
         sizes.append(f"{size.name} ({counts.total / 1e6:.2f}M parameters, {counts.activated / 1e6:.2f}M activated)")
     return (f"<p>Sizes: {', '.join(sizes)}. {_careless(recipe)}{recipe.tasks} held-out tasks of each environment and mode, levels {list(recipe.levels)}, temperature "
-            f"{recipe.temperature:g}, at most {recipe.score_tokens} tokens an episode; seed {recipe.seed}. A stage is one process with one thread.</p>")
+            f"{recipe.temperature:g}, at most {recipe.score_tokens} tokens an episode; seed {recipe.seed}. A stage is one process with one thread{''.join(f', the base of {size.name} {size.ranks} processes' for size in recipe.sizes if size.ranks > 1)}.</p>")
 
 
 def _careless(recipe: Pipeline) -> str:
@@ -215,7 +216,7 @@ def _minutes(recipe: Pipeline, run: Path) -> str:
     seconds = {path.stem: json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in sorted((run / "stages").glob("*.json"))}
     rows = [[name, f"{value / 60:.1f}"] for name, value in seconds.items()]
     whole = f"{seconds_in(run / SECONDS) / 60:.1f}"
-    return _table(["stage", "minutes"], [*rows, ["all stages, one thread each", f"{sum(seconds.values()) / 60:.1f}"],
+    return _table(["stage", "minutes"], [*rows, ["all stages", f"{sum(seconds.values()) / 60:.1f}"],
                                          [f"from start to end, {recipe.workers} stages at a time", whole]])
 
 

@@ -18,15 +18,17 @@ from fathom.align import pipeline_report
 from fathom.align.distill import Distill
 from fathom.align.domains import Domains
 from fathom.align.grpo import Grpo
-from fathom.align.pipeline import Pipeline, Runner, Size, StageCommand, StageFailed, plain_text, prepare_corpus, stages
+from fathom.align.pipeline import Pipeline, Size, plain_text, prepare_corpus, run_pipeline, stages
 from fathom.align.pipeline_report import checks, gather_scores, mean_of, variant_rows
+from fathom.align.pipeline_runner import Runner, StageCommand, StageFailed
 from fathom.align.sft import Sft
 from fathom.config import ModelConfig
-from fathom.errors import RecipeError
+from fathom.errors import FathomError, RecipeError
 from fathom.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from fathom.train.pretrain import Pretrain
 from tests.align.test_grpo import wait_for
 from tests.align.toy import TOYS
+from tests.runs import losses, micro_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "pipeline"
@@ -34,8 +36,9 @@ QUIET = Console(quiet=True)
 
 # A stage that notes when it began and ended, waits for a file where one is named, fails or writes what it should make.
 PROGRAM = textwrap.dedent("""
-    import pathlib, signal, sys, time
+    import os, pathlib, signal, sys, time
     name, makes, notes, gate, fails, *_ = sys.argv[1:]
+    name += os.environ.get("RANK", "")
     def note(what):
         with open(notes, "a") as file: file.write(f"{what} {name}\\n")
     def save(*_):
@@ -44,8 +47,8 @@ PROGRAM = textwrap.dedent("""
         sys.exit(143)
     signal.signal(signal.SIGTERM, save)
     note("begin")
-    while gate != "-" and not pathlib.Path(gate).exists(): time.sleep(0.02)
-    if fails == "fails":
+    while gate != "-" and fails != name and not pathlib.Path(gate).exists(): time.sleep(0.02)
+    if fails in ("fails", name):
         print("out of luck"); sys.exit(3)
     pathlib.Path(makes).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(makes).write_text(name)
@@ -93,19 +96,25 @@ def test_the_recipes_in_the_tree_fit_every_stage():
         if verb in kinds:
             settings = recipes.load(kinds[verb], path, rest[1::2])
             assert Path(settings.run) == one.makes and rest[0::2] == ["--set"] * (len(rest) // 2)
-    assert names.index("flash/student") < names.index("flash/sft-math")  # what comes last waits for the student
-    grpo = next(stage for stage in found if stage.name == "flash/grpo-agent")
-    assert grpo.arguments[1].endswith("grpo-agent.toml") and grpo.after == ("flash/sft-agent",)
-    distilled = next(stage for stage in found if stage.name == "pro/distilled")  # taught by the specialists of flash
-    assert {"pro/student", "flash/grpo-math", "flash/grpo-agent"} <= set(distilled.after)
-    judge = next(stage for stage in found if stage.name == "score/flash/judge")
-    assert "judging,judged-math" in judge.arguments and "pro/judge" not in names
-    assert not any(name.startswith("pro/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith(("score", "budgets", "claim"))} < {*names}
-    claim = next(stage for stage in found if stage.name == "claim/flash/sft-code")
-    assert claim.arguments[3] == "code" and claim.arguments[5] == "400" and claim.arguments[7] == "high" and "claim/flash/distilled" in names
-    assert not {"claim/flash/base", "claim/pro/distilled", "claim/flash/judge"} & {*names}
-    budgets = next(stage for stage in found if stage.name == "budgets/flash/distilled")
-    assert budgets.arguments[3] == "math" and budgets.makes.name == "flash.distilled.json" and budgets.arguments[-1] == "8,16,32,64"
+    base = next(stage for stage in found if stage.name == "pro/base")
+    assert base.ranks == recipes.load(Pretrain, base.arguments[1], base.arguments[3::2]).parallel.data == 2 == recipe.workers
+    assert names.index("pro/student") < names.index("pro/sft-math")  # what comes last waits for the student
+    started = next(stage for stage in found if stage.name == "pro/sft-agent")
+    assert started.after == ("pro/student",) and "base=\"runs/pipeline/pro/student\"" in started.arguments  # all begin where the student does
+    grpo = next(stage for stage in found if stage.name == "pro/grpo-agent")
+    assert grpo.arguments[1].endswith("grpo-agent.toml") and grpo.after == ("pro/sft-agent",)
+    distilled = next(stage for stage in found if stage.name == "flash/distilled")  # taught by the specialists of pro
+    assert {"flash/student", "pro/grpo-math", "pro/grpo-agent"} <= set(distilled.after)
+    judge = next(stage for stage in found if stage.name == "score/pro/judge")
+    assert "judging,judged-math" in judge.arguments and "flash/judge" not in names
+    assert not any(name.startswith("flash/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith(("score", "budgets", "claim"))} < {*names}
+    claim = next(stage for stage in found if stage.name == "claim/pro/sft-code")
+    assert claim.arguments[3] == "code" and claim.arguments[5] == "400" and claim.arguments[7] == "high" and "claim/pro/distilled" in names
+    assert not {"claim/pro/base", "claim/flash/distilled", "claim/pro/judge"} & {*names}
+    modes = {name: next(stage for stage in found if stage.name == f"score/{name}").arguments[7] for name in ("pro/distilled", "pro/mixed", "pro/sft-code", "flash/distilled")}
+    assert modes == {"pro/distilled": "chat,max", "pro/mixed": "chat", "pro/sft-code": "chat,high", "flash/distilled": "chat,high,max"}  # high is the claim's
+    budgets = next(stage for stage in found if stage.name == "budgets/pro/distilled")
+    assert budgets.arguments[3] == "math" and budgets.makes.name == "pro.distilled.json" and budgets.arguments[-1] == "8,16,32,64"
     teachers = recipes.load(Distill, distilled.arguments[1], distilled.arguments[3::2]).teachers
     assert [(teacher.weight, teacher.share) for teacher in teachers] == [(3, 4), (1, 1), (1, 1), (1, 2)]
     for size in recipe.sizes:
@@ -160,6 +169,38 @@ def test_what_others_wait_for_goes_first(tmp_path):
     found = [stage(tmp_path, "a"), stage(tmp_path, "score", "a"), stage(tmp_path, "b", "a"), stage(tmp_path, "c", "b")]
     Scripted(tmp_path, found, 1, QUIET).run()
     assert notes(tmp_path)[::2] == ["begin a", "begin b", "begin score", "begin c"]
+
+
+def wide(folder, name, after=(), **options):
+    return dataclasses.replace(stage(folder, name, after, **options), ranks=2)
+
+
+def test_ranks_of_a_stage_run_together_and_what_comes_after_them_waits(tmp_path):
+    gate = tmp_path / "gate"
+    runner = Scripted(tmp_path, [stage(tmp_path, "a", gate=gate), wide(tmp_path, "b", gate=gate), stage(tmp_path, "c", gate=gate)], 2, QUIET)
+    runner._start()
+    assert [one.name for one in runner.running] == ["a"]  # b needs two cores; c does not take the one that b waits for
+    gate.write_text("")
+    runner.run()
+    order = notes(tmp_path)
+    assert order[:2] == ["begin a", "end a"] and sorted(order[2:6]) == ["begin b0", "begin b1", "end b0", "end b1"] and order[6:] == ["begin c", "end c"]
+    Scripted(tmp_path / "one", [wide(tmp_path, "d")], 1, QUIET).run()  # more than there are cores: alone
+    assert sorted(notes(tmp_path)[8:]) == ["begin d0", "begin d1", "end d0", "end d1"]
+
+
+def test_a_failed_rank_ends_the_others(tmp_path):
+    with pytest.raises(StageFailed, match=r"stage a failed"):
+        Scripted(tmp_path, [wide(tmp_path, "a", gate=tmp_path / "never", fails="a1")], 2, QUIET).run()
+    assert "save a0" in notes(tmp_path) or "begin a0" not in notes(tmp_path)  # ended before it could begin
+
+
+def test_ranks_train_together(tmp_path):
+    recipe = micro_recipe(tmp_path, steps=4, warmup_steps=1, decay_steps=2)
+    train = StageCommand("base", ("train", str(recipe), "--set", "parallel.data=2"), (), tmp_path / "run", ranks=2)
+    Runner(tmp_path, [train], 2, QUIET).run()
+    assert len(losses(tmp_path / "run")) == 4
+    Runner(tmp_path, [train], 2, QUIET).run()
+    assert (tmp_path / "stages" / "base.log").read_text().count("step 4:") == 1  # not run again
 
 
 def test_a_failed_stage_is_named_with_its_last_line_and_the_rest_goes_on_later(tmp_path):
@@ -223,12 +264,19 @@ def test_the_corpus_is_plain_text_and_made_once_for_a_recipe(tmp_path):
 
 
 def test_recipes_that_cannot_work_are_refused(tmp_path):
-    for changes in (dict(sizes=()), dict(sizes=(Size("pro", "m.json", False),)), dict(tasks=0), dict(repeats=-1), dict(documents=(1, 2, 3)),
+    for changes in (dict(sizes=()), dict(sizes=(Size("pro", "m.json", False),)), dict(tasks=0), dict(sizes=(Size("pro", "m.json", ranks=0),)), dict(repeats=-1), dict(documents=(1, 2, 3)),
                     dict(teacher_weights=(0.0,)), dict(teacher_shares=(0,)), dict(teacher_shares=(1, 2, 3))):
         with pytest.raises(RecipeError):
             micro(tmp_path, **changes)
     with pytest.raises(RecipeError, match="base.toml is missing"):
         stages(micro(tmp_path), tmp_path)
+
+
+def test_a_pipeline_with_an_unknown_environment_or_without_a_recipe_makes_no_folder(tmp_path):
+    for recipe, root, complaint in ((micro(tmp_path, environments=("chess",)), RECIPES, "chess"), (micro(tmp_path), tmp_path, "base.toml is missing")):
+        with pytest.raises(FathomError, match=complaint):
+            run_pipeline(recipe, root, TOYS, lambda recipe: tmp_path, QUIET)
+    assert not [*tmp_path.iterdir()]
 
 
 def row(environment, effort, value, budget=None, calls=0, valid=0):
@@ -282,7 +330,7 @@ def test_the_page_has_all_tables_and_pictures(tmp_path, monkeypatch):
     (run / "flash" / "sft-math" / "recipe.toml").write_text("[demonstrations]\ncareless = 0.5\n")
     page = pipeline_report.write_report(recipe).read_text()
     assert "Of the demonstrations, 50% leave the last thing out." in page
-    assert page.count("<img") == 2 and "Flash-Max" in page and "GRPO math" in page and "1.5" in page and "4.28M parameters" in page
+    assert page.count("<img") == 2 and "Flash-Max" in page and "GRPO math" in page and "1.5" in page and "2.36M parameters" in page
     assert "87.5%" in page and "50.0% in the first 1 updates" in page
     report = json.loads((run / "report.json").read_text())
     assert report["variants"][2][3] == "97.0%" and report["minutes"] == 72.6 and "from start to end, 2 stages at a time</td><td>72.6" in page
