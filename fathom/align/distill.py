@@ -35,7 +35,7 @@ from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import Losses, LossWeights, auxiliary_losses
 from fathom.train.qat import released_numbers
-from fathom.train.run_folder import continue_run, restored, resumed_recipe, start_run
+from fathom.train.run_folder import restored, tuned_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -92,17 +92,8 @@ def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, con
     """Run a recipe to its end (or continue it) on a device and return the run's folder; `play` plays the student's rollouts. Raises Stopped after
     Ctrl-C.
     """
-    run, state, on = Path(recipe.run), None, use_device(device)
-    if resume:
-        recipe = resumed_recipe(run, recipe)
-        model, state = continue_run(run)
-        tokenizer = Tokenizer.load(run / "tokenizer")
-    else:
-        folder = find_model(recipe.base)
-        model, tokenizer = load_model(folder), Tokenizer.load(folder)
-        start_run(run, recipe)
-        (run / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(run / "tokenizer")
+    on = use_device(device)
+    recipe, model, tokenizer, state = tuned_run(recipe, resume)
     for teacher in recipe.teachers:
         if Tokenizer.load(find_model(teacher.run)).fingerprint != tokenizer.fingerprint:
             raise RecipeError(f"{teacher.run} has another tokenizer than {recipe.base}; teachers and student must share theirs")
@@ -112,8 +103,8 @@ def distill(recipe: Distill, known: Mapping[str, Environment], resume: bool, con
     optimizer = restored(Optimizer(model.named_parameters(), model.config, recipe.muon, recipe.adamw), state)
     stage = Stage(batch=pupil.rounds.batch, loss=pupil.loss, rate=schedule.rate_at, bias_speed=lambda step: 0.0, validate=None,
                   quantised=lambda step: recipe.quantise)
-    run_stage(run, model, tokenizer, optimizer, stage, recipe.pace.steps, state.step if state else 0, recipe.loop, console)
-    return run
+    run_stage(Path(recipe.run), model, tokenizer, optimizer, stage, recipe.pace.steps, state.step if state else 0, recipe.loop, console)
+    return Path(recipe.run)
 
 
 class Pupil:

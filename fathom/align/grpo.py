@@ -36,7 +36,7 @@ from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import Losses, LossWeights, auxiliary_losses
 from fathom.train.qat import released_numbers
-from fathom.train.run_folder import continue_run, restored, resumed_recipe, start_run
+from fathom.train.run_folder import restored, tuned_run
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,8 @@ class Grpo:
 def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, console: Console, play: Play = play_here,
               device: str = "cpu") -> Path:
     """Run a recipe to its end (or continue it) on a device and return the run's folder; `play` plays its rollouts. Raises Stopped after Ctrl-C."""
-    run, state, on = Path(recipe.run), None, use_device(device)
-    if resume:
-        recipe = resumed_recipe(run, recipe)
-        model, state = continue_run(run)
-        tokenizer = Tokenizer.load(run / "tokenizer")
-    else:
-        folder = find_model(recipe.base)
-        model, tokenizer = load_model(folder), Tokenizer.load(folder)
-        start_run(run, recipe)
-        (run / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(run / "tokenizer")
+    on = use_device(device)
+    recipe, model, tokenizer, state = tuned_run(recipe, resume)
     reference = load_model(find_model(recipe.base), device=on) if recipe.policy.kl else None
     model.to(on)
     learner = Learner(recipe, model, tokenizer, environments_named(recipe.environments, known), reference, play)
@@ -134,8 +125,8 @@ def reinforce(recipe: Grpo, known: Mapping[str, Environment], resume: bool, cons
     optimizer = restored(optimizer, state)
     stage = Stage(batch=learner.rounds.batch, loss=learner.loss, rate=lambda step: schedule.rate_at(step) * learner.share**0.5,
                   bias_speed=lambda step: 0.0, validate=None, quantised=lambda step: recipe.quantise)
-    run_stage(run, model, tokenizer, optimizer, stage, recipe.pace.steps, state.step if state else 0, recipe.loop, console)
-    return run
+    run_stage(Path(recipe.run), model, tokenizer, optimizer, stage, recipe.pace.steps, state.step if state else 0, recipe.loop, console)
+    return Path(recipe.run)
 
 
 class Learner:

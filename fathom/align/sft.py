@@ -17,8 +17,6 @@ from torch import Tensor
 from fathom.align.environments.base import EFFORTS, SEEDS, Environment
 from fathom.align.rollout import environments_named
 from fathom.align.tuning import Tune, tuning_optimizer
-from fathom.checkpoint.released import load_model
-from fathom.checkpoint.training import find_model
 from fathom.data.packing import Batch, PackedData
 from fathom.data.questions import make_pairs, to_messages
 from fathom.data.transforms import Example, masked_example, pack_examples
@@ -35,7 +33,7 @@ from fathom.train.objective import LossWeights, objective
 from fathom.train.parallel import parallelise
 from fathom.train.rank_optimizer import make_optimizer
 from fathom.train.ranks import Parallel, Ranks, join
-from fathom.train.run_folder import first_continues, fit_minutes, restored, resumed_recipe, start_run
+from fathom.train.run_folder import fit_minutes, restored, tuned_run
 from fathom.train.shares import deal, rank_rows
 
 HELD_OUT_QUESTIONS = 200
@@ -128,16 +126,7 @@ def fine_tune(recipe: Sft, root: Path, resume: bool, console: Console, known: Ma
 
 
 def _fine_tune(recipe: Sft, root: Path, resume: bool, console: Console, known: Mapping[str, Environment], ranks: Ranks) -> Path:
-    run, state = Path(recipe.run), None
-    if resume:
-        recipe = resumed_recipe(run, recipe)
-        model, state = first_continues(run, ranks)
-        tokenizer = Tokenizer.load(run / "tokenizer")
-    else:
-        folder = find_model(recipe.base)
-        model, tokenizer = load_model(folder), Tokenizer.load(folder)
-        ranks.lead(lambda: start_run(run, recipe))
-        ranks.lead(lambda: _save_tokenizer(tokenizer, run / "tokenizer"))
+    recipe, model, tokenizer, state = tuned_run(recipe, resume, ranks)
     data = _data(recipe, root, tokenizer, model.config.vocab_size, known)
     console.print(f"{data.conversations:,} conversations in {data.train.rows_in_epoch(0):,} rows of "
                   f"{data.train.sequence_length} tokens, {data.train.efficiency:.1%} full", soft_wrap=True)
@@ -146,14 +135,9 @@ def _fine_tune(recipe: Sft, root: Path, resume: bool, console: Console, known: M
     model = parallelise(model, ranks)
     optimizer = (make_optimizer(model, recipe.muon, recipe.adamw, ranks) if recipe.tune == "all" else
                  tuning_optimizer(model, recipe.tune, recipe.base, recipe.muon, recipe.adamw, recipe.lora, recipe.seed))
-    run_stage(run, model, tokenizer, restored(optimizer, state), _stage(recipe, model, data, ranks), recipe.schedule.steps,
+    run_stage(Path(recipe.run), model, tokenizer, restored(optimizer, state), _stage(recipe, model, data, ranks), recipe.schedule.steps,
               state.step if state else 0, recipe.loop, console, ranks=ranks)
-    return run
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(folder)
+    return Path(recipe.run)
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,19 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 
 from fathom import recipe as recipes
-from fathom.checkpoint.training import TrainingState, list_checkpoints, load_checkpoint
+from fathom.checkpoint.released import load_model
+from fathom.checkpoint.training import TrainingState, find_model, list_checkpoints, load_checkpoint
 from fathom.errors import CheckpointError, RecipeError
 from fathom.files import alone_in, write_text
 from fathom.model.transformer import Transformer
 from fathom.optim.muon import Optimizer
+from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Stage, seconds_a_step
 from fathom.train.parallel import parallelise
 from fathom.train.rank_optimizer import make_optimizer
@@ -84,6 +86,34 @@ def continue_run(run: Path) -> tuple[Transformer, TrainingState]:
     model, state = load_checkpoint(checkpoints[-1])
     torch.set_rng_state(state.random_state)
     return model, state
+
+
+class Tuned(NamedTuple):
+    """A run that goes on from another model: its resolved recipe, what it tunes, and where it was stopped, if it was."""
+
+    recipe: Any
+    model: Transformer
+    tokenizer: Tokenizer
+    state: TrainingState | None
+
+
+def tuned_run(recipe: Any, resume: bool, ranks: Ranks = ALONE) -> Tuned:
+    """Start a run from `recipe.base`, or continue it. RecipeError, CheckpointError as `start_run`, `resumed_recipe` and `continue_run`."""
+    run = Path(recipe.run)
+    if resume:
+        recipe = resumed_recipe(run, recipe)
+        model, state = first_continues(run, ranks)
+        return Tuned(recipe, model, Tokenizer.load(run / "tokenizer"), state)
+    folder = find_model(recipe.base)
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+
+    def start() -> None:
+        start_run(run, recipe)
+        (run / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(run / "tokenizer")
+
+    ranks.lead(start)
+    return Tuned(recipe, model, tokenizer, None)
 
 
 def first_continues(run: Path, ranks: Ranks) -> tuple[Transformer, TrainingState]:
