@@ -17,6 +17,7 @@ from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import PRECISIONS, narrow_dtype
 
 Matrices = Literal["muon", "adamw"]  # which of the two moves the weight matrices
+FUSED = ("cpu", "cuda")  # devices on which torch has AdamW in one pass
 TOGETHER = 1 << 22  # numbers in the matrices that are orthogonalised in one call
 
 
@@ -136,11 +137,12 @@ class Optimizer:
             by_muon, others = {}, list(self.parameters)
         self.muon = MuonOptimizer([{"params": [self.parameters[name]], "blocks": blocks}
                                    for name, blocks in by_muon.items()] or [{"params": []}], muon)
+        fused = all(self.parameters[name].device.type in FUSED for name in others)
         self.adamw = torch.optim.AdamW([{"params": [self.parameters[name] for name in others]}], lr=0.0, eps=adamw.eps,
-                                       betas=(adamw.beta1, adamw.beta2), weight_decay=adamw.weight_decay)
+                                       betas=(adamw.beta1, adamw.beta2), weight_decay=adamw.weight_decay, fused=fused)
         for name in others:  # as AdamW itself would at its first step, so that every state has the same names
             parameter = self.parameters[name]
-            self.adamw.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
+            self.adamw.state[parameter] = {"step": torch.zeros((), device=parameter.device if fused else None), "exp_avg": torch.zeros_like(parameter),
                                            "exp_avg_sq": torch.zeros_like(parameter)}
 
     def step(self, rate: float) -> None:

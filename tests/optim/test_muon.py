@@ -152,7 +152,8 @@ def test_adamw_is_torchs_with_the_reports_settings():
         set_gradients(twins, step)
         optimizer.step(0.01)
         twin.step()
-    assert all(torch.equal(named[name], twins[name]) for name in others)
+    for name in others:  # ours in one pass
+        torch.testing.assert_close(named[name], twins[name], rtol=1e-6, atol=1e-7)
 
 
 def test_a_zero_gradient_at_the_first_step_only_decays():
@@ -260,7 +261,7 @@ def test_the_precision_of_the_steps_follows_the_recipe_and_the_machine(monkeypat
     assert Muon(precision="bfloat16").dtype(parameter) is torch.bfloat16
     assert Muon(precision="float32").dtype(parameter) is None
     for native, expected in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr("fathom.optim.muon.multiplies_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr("fathom.ops.precision.multiplies_bfloat16", lambda device, native=native: native)
         assert Muon().dtype(parameter) is expected
     assert Muon(precision="bfloat16").dtype(parameter.double()) is None
     with pytest.raises(RecipeError, match="precision is half; allowed: auto, bfloat16, float32"):
