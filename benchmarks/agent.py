@@ -1,6 +1,6 @@
 """An agent through the HTTP server, with the official openai client: tasks solved, calls valid, and what of a long conversation is cached.
 
-    python benchmarks/agent.py runs/pipeline/flash/distilled        100 held-out tasks of level 1, and a conversation of 50 turns
+    python benchmarks/agent.py runs/pipeline/pro/distilled        100 held-out tasks of level 1, and a conversation of 50 turns
 
 The server runs in a process of its own; the client holds the conversation, runs the tools (the shop of the environment `agent`) and sends
 their results back, as any agent does. The long conversation asks one task after another, and its whole history goes back each time, as
