@@ -6,7 +6,7 @@ are the loop's, with all it guarantees.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from fathom.checkpoint.training import find_model
 from fathom.devices import use_device
 from fathom.errors import RecipeError
 from fathom.model.transformer import Transformer
+from fathom.ops.precision import narrow_dtype, products_in
 from fathom.optim.lora import Lora
 from fathom.optim.muon import AdamW, Muon
 from fathom.optim.schedules import Schedule
@@ -159,10 +160,12 @@ class Learner:
             batches = [pack_samples(samples, recipe.row_tokens, self.tokenizer.pad_id).to(model.head.weight.device) for samples in parts]
             for batch, samples in zip(batches, parts, strict=True):
                 share = sum(sample.weight > 0 for sample in samples) * recipe.pace.updates / len(rollouts)
-                batch.numbers.update(observe_policy(model, batch, recipe.draw, self.known), share=torch.tensor(min(share, 1.0)))
+                with self._as_in_updates():
+                    batch.numbers.update(observe_policy(model, batch, recipe.draw, self.known), share=torch.tensor(min(share, 1.0)))
         for batch in batches:
             if self.reference is not None:
-                batch.numbers["reference_logs_N"] = self._reference_logs(batch)
+                with self._as_in_updates():
+                    batch.numbers["reference_logs_N"] = self._reference_logs(batch)
         metrics |= reward_metrics(rollouts, recipe.invalid) | {"skipped_groups": skipped / len(tasks)}
         return [replace(batch, metrics=metrics) for batch in batches]
 
@@ -184,6 +187,10 @@ class Learner:
         auxiliary = auxiliary * (self.share > 0)
         parts = {"loss": float(policy.total.detach()), "used_share": self.share, "entropy": float(entropy_N.mean())} | policy.parts | batch.metrics
         return Losses(policy.total + auxiliary, parts | {name: float(part.detach()) for name, part in more.items()}, features.observations)
+
+    def _as_in_updates(self) -> AbstractContextManager[None]:
+        """Products in the precision of the updates, so that a first update's ratios are 1."""
+        return products_in(narrow_dtype(self.recipe.loop.precision, self.model.head.weight.device))
 
     @torch.no_grad()
     def _reference_logs(self, batch: SampleBatch) -> torch.Tensor:

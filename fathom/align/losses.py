@@ -54,10 +54,10 @@ def token_log_probabilities(hidden_NW: Tensor, head_VW: Tensor, target_N: Tensor
                             kept: Kept | None = None) -> tuple[Tensor, Tensor]:
     """Log-probability of each target [N] under softmax(head hidden / temperature), of the kept tokens only; and entropies [N].
 
-    Float32 or wider. Entropies carry no gradient.
+    Float32 or wider, in mixed precision too: a ratio of probabilities has no room for rounded logits. Entropies carry no gradient.
     """
     def chunk(hidden_nW: Tensor, head_VW: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        logits_nV = ops.linear(ops.wide(hidden_nW), ops.wide(head_VW)) / temperature
+        logits_nV = ops.linear.exactly(ops.wide(hidden_nW), ops.wide(head_VW)) / temperature
         if kept is not None:
             logits_nV = logits_nV.masked_fill(~kept.mask(first, last, len(head_VW)), -torch.inf)
         logs_nV = logits_nV.log_softmax(-1)

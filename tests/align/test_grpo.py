@@ -16,7 +16,7 @@ from rich.console import Console
 from fathom import recipe as recipes
 from fathom.align.curriculum import choose_tasks
 from fathom.align.grpo import Grpo, Learner, Pace, reinforce, samples_of
-from fathom.align.losses import Policy
+from fathom.align.losses import Policy, token_log_probabilities
 from fathom.align.rollout import Draw, new_engine, new_rollouts, play
 from fathom.align.rollout_log import RolloutLog
 from fathom.align.round import find_round, hidden_of_targets, kept_in, load_batch, observe_policy, save_round
@@ -25,7 +25,7 @@ from fathom.align.sample import Mode, Sample, pack_samples
 from fathom.checkpoint.released import load_model
 from fathom.checkpoint.training import find_model
 from fathom.errors import CheckpointError, DataError, RecipeError
-from fathom.ops import IGNORE
+from fathom.ops import IGNORE, products_in
 from fathom.optim.lora import Lora, lora_names
 from fathom.text.tokenizer import Tokenizer
 from fathom.train.loop import Loop
@@ -182,6 +182,25 @@ def test_sampling_with_released_numbers_trains_on_them(base, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
     plain = observe_policy(model, batch, recipe.draw, learner.known)["old_logs_N"]
     assert float((plain - batch.numbers["old_logs_N"]).abs().max()) > 1e-3
+
+
+def test_in_mixed_precision_the_policy_that_sampled_is_looked_at_as_its_updates_compute(base, tmp_path):
+    recipe, model = grpo(base, tmp_path / "run", pace=Pace(1, 1, 0.01), loop=Loop(precision="bfloat16")), load_model(base)
+    learner = Learner(recipe, model, Tokenizer.load(base), {"letters": TOYS["letters"]}, None)
+    (batch,) = learner.make_round(0, RolloutLog(tmp_path / "log", {}))
+    head_VW = model.head.weight[:learner.known]
+
+    def logs_in(dtype):
+        with torch.no_grad(), products_in(dtype):
+            return token_log_probabilities(hidden_of_targets(model, batch), head_VW, batch.targets_BS[batch.learned_BS])[0]
+
+    assert torch.equal(logs_in(torch.bfloat16), batch.numbers["old_logs_N"])  # the first update's ratios are 1
+    assert float((logs_in(None) - batch.numbers["old_logs_N"]).abs().max()) > 1e-4
+    hidden_NW = hidden_of_targets(model, batch).detach()
+    exact = token_log_probabilities(hidden_NW, head_VW, batch.targets_BS[batch.learned_BS])[0]
+    with products_in(torch.bfloat16):
+        narrow = token_log_probabilities(hidden_NW, head_VW, batch.targets_BS[batch.learned_BS])[0]
+    assert torch.equal(narrow, exact)  # logits are not rounded
 
 
 def test_blocks_that_are_computed_anew_take_the_kept_routing_too(base, tmp_path):
