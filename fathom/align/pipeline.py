@@ -182,8 +182,10 @@ def _scores(recipe: Pipeline, stage: StageCommand) -> list[StageCommand]:
 
     names = JUDGING if "judge" in model else recipe.environments
     at_home = [name for name in recipe.environments if model in (f"sft-{name}", f"grpo-{name}")]
-    claimed = recipe.claim_tasks > recipe.tasks and size == recipe.teachers_size and (at_home or (model in STUDENTS and recipe.environments))
-    modes = ["chat", *(["high"] if claimed != recipe.environments else []), *(["max"] if whole else [])]
+    claimed = at_home or (list(recipe.environments) if model in STUDENTS else [])
+    if recipe.claim_tasks <= recipe.tasks or size != recipe.teachers_size:
+        claimed = []
+    modes = ["chat", *(["high"] if claimed != list(recipe.environments) else []), *(["max"] if whole else [])]  # high once, with more tasks
     found = [score("score", names, ",".join(modes), recipe.tasks, "scores")]
     if claimed:
         found.append(score("claim", claimed, "high", recipe.claim_tasks, "claims"))

@@ -162,7 +162,7 @@ def _heading(recipe: Pipeline) -> str:
         counts = parameters(ModelConfig.load(find_model(Path(recipe.run) / size.name / "distilled")))
         sizes.append(f"{size.name} ({counts.total / 1e6:.2f}M parameters, {counts.activated / 1e6:.2f}M activated)")
     return (f"<p>Sizes: {', '.join(sizes)}. {_careless(recipe)}{recipe.tasks} held-out tasks of each environment and mode, levels {list(recipe.levels)}, temperature "
-            f"{recipe.temperature:g}, at most {recipe.score_tokens} tokens an episode; seed {recipe.seed}. A stage is one process with one thread{''.join(f', the base of {size.name} {size.ranks} processes' for size in recipe.sizes if size.ranks > 1)}.</p>")
+            f"{recipe.temperature:g}, at most {recipe.score_tokens} tokens an episode; seed {recipe.seed}. A stage is one process with one thread{''.join(f', the base and the start of {size.name} {size.ranks} processes' for size in recipe.sizes if size.ranks > 1)}.</p>")
 
 
 def _careless(recipe: Pipeline) -> str:

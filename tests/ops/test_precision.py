@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fathom import ops
+from fathom.data.packing import Batch
 from fathom.errors import RecipeError
 from fathom.model.layers import Linear
 from fathom.model.transformer import Transformer
@@ -104,7 +105,6 @@ def test_auto_is_bfloat16_where_the_device_multiplies_it(monkeypatch):
 
 
 def gradients_of(model: Transformer, dtype):
-    from fathom.data.packing import Batch
     tokens = random_tokens(model.config, 2, 150)
     targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], ops.IGNORE)], 1)
     model.zero_grad(set_to_none=True)
