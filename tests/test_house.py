@@ -21,7 +21,7 @@ FLOORS = {
     "cli": 11}
 LAZY = ("fathom", "cli")  # the package itself and a room: may import inside functions, so that `import fathom` and `fathom --help` are instant
 FILE_LINES, FUNCTION_LINES = 400, 60
-BUDGETS = {"fathom": 32_000, "fathom.model": 1_500, "fathom.engine": 2_900}
+BUDGETS = {"fathom": 32_000, "fathom.model": 1_500, "fathom.engine": 3_050}
 OUTSIDE_BUDGET = {"fathom.model": "fathom.model.baselines"}
 SHAPE = re.compile(r"\[(\.\.\.|[A-Z])[^\]]*\]|_[A-Z]+\d?\b")  # [B, S, W] or a suffix as in q_BSHD
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")

@@ -117,6 +117,7 @@ def serve(path: Annotated[Optional[Path], typer.Argument(
           disk_gib: Annotated[float, typer.Option("--disk-gib", help="Size of that folder at most.")] = 8.0,
           window: Annotated[str, typer.Option(help="Window states in the prefix cache: full, periodic or zero.")] = "periodic",
           drafts: Annotated[int, typer.Option(help="Tokens that the MTP block proposes at a time; 0: none.")] = 0,
+          graphs: Annotated[bool, typer.Option("--graphs", help="Decode as CUDA graphs.")] = False,
           running: Annotated[int, typer.Option(help="Requests computed at the same time.")] = 64,
           waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
           drain: Annotated[float, typer.Option(help="Seconds for running requests when stopped.")] = 30.0,
@@ -133,7 +134,7 @@ def serve(path: Annotated[Optional[Path], typer.Argument(
     from fathom.server.launch import choose, launch
 
     settings = EngineSettings(cache_bytes=int(cache_gib * 2**30), running=running, waiting=waiting, window=window, disk=disk_cache,
-                              disk_bytes=int(disk_gib * 2**30), drafts=drafts)
+                              disk_bytes=int(disk_gib * 2**30), drafts=drafts, graphs=graphs)
     if replicas == 1:
         launch(path, dtype_of(dtype), device, packed, settings, host, port, name, api_key_file, drain, Console(stderr=True))
         return

@@ -16,7 +16,8 @@ from fathom.engine.constraint import Grammars
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.fingerprint import model_fingerprint
 from fathom.engine.grammar import Compiler
-from fathom.engine.paged_cache import PagedCache
+from fathom.engine.graphs import Graphs, Recorder
+from fathom.engine.paged_cache import PagedCache, Row
 from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Limits, Output, Request, Stats
 from fathom.engine.runner import Runner
@@ -51,8 +52,10 @@ class Engine:
         self.config = config = model.config
         if settings.drafts and not model.mtp:
             raise InputError(f"drafts is {settings.drafts}, but this model has no MTP block; use drafts 0")
+        spare = int(settings.graphs)
         slots, blocks = _sizes(model, quantized_cache, settings)
-        self._cache = _paged_cache(model, blocks, slots, quantized_cache, settings.drafts)
+        self._cache = _paged_cache(model, blocks + spare, slots + spare, quantized_cache, settings.drafts)
+        graphs = Graphs(model, self._cache, Row(slots, [blocks], 0), _recorder(model)) if spare else None
         self.block_tokens, spare = self._cache.block_tokens, 2 * settings.drafts
         self._pool = BlockPool(blocks, self._forget)
         self._interval = self.block_tokens if settings.window == "full" else settings.interval
@@ -63,7 +66,7 @@ class Engine:
         room = min(config.max_position_embeddings, blocks * self.block_tokens)
         known = min(tokenizer.vocab_size, config.vocab_size)
         self.limits = Limits(room - spare, config.max_position_embeddings, config.vocab_size, known)
-        self._runner = Runner(model, self._cache, room, known, settings.drafts)
+        self._runner = Runner(model, self._cache, room, known, settings.drafts, graphs)
         self._answers: dict[Place, Answer] = {}
         self._twins: dict[int, list[Answer]] = {}  # by request: choices that wait for the first one's prompt
         self._open: dict[int, int] = {}  # by request: choices that are not finished
@@ -337,8 +340,19 @@ def _sizes(model: Transformer, quantized: bool, settings: EngineSettings) -> tup
     """Slots and blocks that fit into cache_bytes: states of running requests take half of it at most."""
     one = _paged_cache(model, 1, 1, quantized, settings.drafts)
     state, block = one.state_bytes(), one.block_bytes()
-    slots = min(settings.running, settings.cache_bytes // max(2 * state, 1))
-    blocks = min((settings.cache_bytes - slots * state) // max(block, 1), MOST_BLOCKS) if slots else 0
+    spare = (state + block) * settings.graphs  # for the rows and blocks that fill up a recorded step
+    slots = min(settings.running, (settings.cache_bytes - spare) // max(2 * state, 1))
+    blocks = min((settings.cache_bytes - spare - slots * state) // max(block, 1), MOST_BLOCKS) if slots > 0 else 0
     if blocks < 1:
-        raise InputError(f"cache_bytes is {settings.cache_bytes}; this model needs at least {2 * state + block} bytes")
+        raise InputError(f"cache_bytes is {settings.cache_bytes}; this model needs at least {2 * state + block + spare} bytes")
     return slots, blocks
+
+
+def _recorder(model: Transformer) -> Recorder:
+    """InputError where the model's decoding cannot be recorded."""
+    device = model.head.weight.device
+    if device.type != "cuda":
+        raise InputError(f"graphs are CUDA's, but the model is on {device}; leave them out")
+    if model.config.attention != "v4":
+        raise InputError(f"attention {model.config.attention!r} reads as many keys as there are tokens, which no graph does; leave graphs out")
+    return Recorder()

@@ -48,7 +48,14 @@ class PagedCache:
     def view(self, rows: Sequence[Row], max_tokens: int, mtp: bool = False, undo: bool = False) -> "PagedView":
         """The rows as the cache of one call; with `mtp` the MTP blocks' layers. `undo` makes `PagedView.forget` possible."""
         part = slice(self.trunk_layers, None) if mtp else slice(0, self.trunk_layers)
-        return PagedView(rows, max_tokens, self._formats[part], self._pages[part], self._states[part], self.block_tokens, undo)
+        length_B = torch.tensor([row.length for row in rows], device=self.device)
+        return PagedView(length_B, _table(rows, self.block_tokens, self.device), max_tokens, self._formats[part], self._pages[part],
+                         self._states[part], undo)
+
+    def step_view(self, length_B: Tensor, slot_B: Tensor, block_BP: Tensor) -> "PagedView":
+        """Rows that lie in tensors, as the cache of one decoded token each; no number of them is looked at."""
+        table, part = _Table(slot_B, slot_B, block_BP, None, False, slot_B, self.block_tokens), slice(0, self.trunk_layers)
+        return PagedView(length_B, table, block_BP.shape[1] * self.block_tokens, self._formats[part], self._pages[part], self._states[part], False)
 
     def block_bytes(self) -> int:
         """Bytes of one block in all layers."""
@@ -98,12 +105,9 @@ class PagedCache:
 class PagedView:
     """Some sequences as the cache of one call of the model, in the shape of `fathom.model.cache.Cache`."""
 
-    def __init__(self, rows: Sequence[Row], max_tokens: int, formats: list[LayerFormat], pages: list[LayerCache],
-                 states: list[LayerCache], block_tokens: int, undo: bool):
-        self.max_tokens = max_tokens
-        device = states[0].window.items_BRC.device
-        self.length_B = torch.tensor([row.length for row in rows], device=device)
-        table = _Table(rows, block_tokens, device)
+    def __init__(self, length_B: Tensor, table: "_Table", max_tokens: int, formats: list[LayerFormat], pages: list[LayerCache],
+                 states: list[LayerCache], undo: bool):
+        self.length_B, self.max_tokens = length_B, max_tokens
         self.rings: list[_PooledRing] = []
         self.layers = [_PagedLayer(form, page, state, table, undo, self.rings)
                        for form, page, state in zip(formats, pages, states, strict=True)]
@@ -118,20 +122,27 @@ class PagedView:
             ring.forget(keep_B, moves)
 
 
-class _Table:
-    """Which slot and which blocks each row has."""
+class _Table(NamedTuple):
+    """Which slot and which blocks each row has; `run` is the first block of a single row whose blocks lie one behind the other."""
 
-    def __init__(self, rows: Sequence[Row], block_tokens: int, device: torch.device):
-        slots = [row.slot for row in rows]
-        self.slots = slice(slots[0], slots[0] + len(slots)) if _consecutive(slots) else torch.tensor(slots, device=device)
-        self.slot_B = torch.tensor(slots, device=device)
-        longest = max(len(row.blocks) for row in rows)
-        padded = [[*row.blocks, *[0] * (longest - len(row.blocks))] for row in rows]
-        self.block_BP = torch.tensor(padded, device=device).reshape(len(rows), longest)
-        self.run = rows[0].blocks[0] if len(rows) == 1 and longest and _consecutive(rows[0].blocks) else None
-        self.frozen = any(row.frozen for row in rows)
-        self.frozen_B = torch.tensor([row.frozen for row in rows], device=device)
-        self.block_tokens = block_tokens
+    slots: slice | Tensor
+    slot_B: Tensor
+    block_BP: Tensor
+    run: int | None
+    frozen: bool
+    frozen_B: Tensor
+    block_tokens: int
+
+
+def _table(rows: Sequence[Row], block_tokens: int, device: torch.device) -> _Table:
+    slots, longest = [row.slot for row in rows], max(len(row.blocks) for row in rows)
+    slot_B = torch.tensor(slots, device=device)
+    padded = [[*row.blocks, *[0] * (longest - len(row.blocks))] for row in rows]
+    return _Table(
+        slots=slice(slots[0], slots[0] + len(slots)) if _consecutive(slots) else slot_B, slot_B=slot_B,
+        block_BP=torch.tensor(padded, device=device).reshape(len(rows), longest),
+        run=rows[0].blocks[0] if len(rows) == 1 and longest and _consecutive(rows[0].blocks) else None,
+        frozen=any(row.frozen for row in rows), frozen_B=torch.tensor([row.frozen for row in rows], device=device), block_tokens=block_tokens)
 
 
 def _consecutive(numbers: Sequence[int]) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fathom.engine.answer import Answer
+from fathom.engine.graphs import Graphs
 from fathom.engine.paged_cache import PagedCache, PagedView, Row
 from fathom.engine.request import Written
 from fathom.engine.sampler import choose, log_probabilities
@@ -18,11 +19,12 @@ class Runner:
     """Computes answers' tokens with `model` in `cache`; only ids below `known` are chosen. `drafts` tokens are proposed at a time.
 
     A draft is accepted where it is the very token that the answer's own sampler chooses there, so that drafts change no token, greedy
-    or drawn.
+    or drawn. Without drafts, `graphs` decode.
     """
 
-    def __init__(self, model: Transformer, cache: PagedCache, max_tokens: int, known: int, drafts: int = 0):
+    def __init__(self, model: Transformer, cache: PagedCache, max_tokens: int, known: int, drafts: int = 0, graphs: Graphs | None = None):
         self.model, self.cache, self.max_tokens, self.known, self.drafts = model, cache, max_tokens, known, drafts
+        self.graphs = graphs
         self.drafted = self.accepted = 0
 
     def prefill(self, answer: Answer, end: int) -> Tensor | None:
@@ -41,7 +43,13 @@ class Runner:
     def decode(self, answers: Sequence[Answer]) -> None:
         """One step of answers that have one token to compute, in groups of similar context."""
         for group in _groups(answers):
-            self._advance(group)
+            rows = self._rows(group) if self.graphs is not None else []
+            if rows and not any(row.frozen for row in rows):
+                self.choose(group, self.graphs.step(rows, [answer.tokens[-1] for answer in group])[:, :self.known])
+                for answer in group:
+                    answer.place.computed += 1
+            else:
+                self._advance(group)
 
     def choose(self, answers: Sequence[Answer], logits_BV: Tensor) -> None:
         """Write the next token of each answer from its row of logits [B, V]."""
@@ -119,11 +127,12 @@ class Runner:
             view.forget(torch.zeros_like(ones_B), moves)
 
     def _view(self, answers: Sequence[Answer], starts: Sequence[int] | None = None, mtp: bool = False, undo: bool = False) -> PagedView:
+        return self.cache.view(self._rows(answers, starts), self.max_tokens, mtp, undo)
+
+    def _rows(self, answers: Sequence[Answer], starts: Sequence[int] | None = None) -> list[Row]:
         places = [answer.place for answer in answers]
-        starts = starts or [place.computed for place in places]
-        rows = [Row(place.slot, place.blocks, start, place.frozen if start < place.frozen else 0)
-                for place, start in zip(places, starts, strict=True)]
-        return self.cache.view(rows, self.max_tokens, mtp, undo)
+        return [Row(place.slot, place.blocks, start, place.frozen if start < place.frozen else 0)
+                for place, start in zip(places, starts or [place.computed for place in places], strict=True)]
 
     def _tensor(self, numbers: Sequence) -> Tensor:
         return torch.tensor(numbers, device=self.cache.device)

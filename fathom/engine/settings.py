@@ -26,6 +26,7 @@ class EngineSettings:
     disk: Path | None = None  # folder of the cache on disk; None: none
     disk_bytes: int = 8 << 30
     drafts: int = 0  # tokens that the MTP block proposes at a time
+    graphs: bool = False  # decode as CUDA graphs
 
     def __post_init__(self):
         for name in ("cache_bytes", "running", "waiting", "prefill_chunk", "interval", "disk_bytes"):
@@ -35,3 +36,5 @@ class EngineSettings:
             raise InputError(f"window is {self.window!r}; allowed: full, periodic, zero")
         if self.state_bytes < 0 or not 0 <= self.drafts <= 8:
             raise InputError(f"state_bytes is {self.state_bytes} and drafts {self.drafts}; allowed: 0 or more, and 0 to 8")
+        if self.graphs and self.drafts:
+            raise InputError(f"graphs are of one token a step, but drafts is {self.drafts}; use one of the two")

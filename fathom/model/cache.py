@@ -19,12 +19,15 @@ from fathom.quant.records import EntryRecord, KeyRecord, PlainRecord
 
 
 class Moves:
-    """How one call's new tokens move the rings on: row b's first count_B[b] of `tokens` new items, at positions from start_B[b] on."""
+    """How one call's new tokens move the rings on: row b's first count_B[b] of `tokens` new items, at positions from start_B[b] on.
 
-    def __init__(self, start_B: Tensor, count_B: Tensor, tokens: int):
+    `known` are `whole` and `longest` where tensors are not to be asked: whether no row is padded, and what no row has seen more of.
+    """
+
+    def __init__(self, start_B: Tensor, count_B: Tensor, tokens: int, known: tuple[bool, int] | None = None):
         self.start_B, self.count_B, self.tokens = start_B, count_B, tokens
-        self.whole = bool((count_B == tokens).all())
-        self.longest = int(start_B.max())  # what the longest row has seen before: no ring holds more
+        # what the longest row has seen before: no ring holds more
+        self.whole, self.longest = known or (bool((count_B == tokens).all()), int(start_B.max()))
         self._writes: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def writes(self, size: int) -> tuple[Tensor, Tensor | None]:

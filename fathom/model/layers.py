@@ -79,11 +79,13 @@ def _own(module: nn.Module, kind: type) -> dict[str, Any] | None:
 
 @lru_cache
 @torch.inference_mode(False)
-def rotary_frequencies(channels: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position [channels / 2] in float32; with YaRN the slow ones are divided by its factor.
+def rotary_frequencies(channels: int, theta: float, scaling: RopeScaling | None, device: torch.device | str = "cpu") -> Tensor:
+    """Radians per position [channels / 2] in float32, kept on the device; with YaRN the slow ones are divided by its factor.
 
     No attention-magnitude factor, as released.
     """
+    if torch.device(device).type != "cpu":
+        return rotary_frequencies(channels, theta, scaling).to(device)
     frequency = theta ** -(torch.arange(0, channels, 2, dtype=torch.float32) / channels)
     if scaling is None:
         return frequency

@@ -41,11 +41,11 @@ class Layout:
     continues at cache.length_B[b] with its first count_B[b] tokens; what follows them is padding.
     """
 
-    def __init__(self, config: ModelConfig, position_BS: Tensor, count_B: Tensor, cache: Cache | None):
+    def __init__(self, config: ModelConfig, position_BS: Tensor, count_B: Tensor, cache: Cache | None, moves: Moves | None = None):
         B, S = position_BS.shape
         self.position_BS, self.count_B = position_BS, count_B
         self.start_B = torch.zeros_like(count_B) if cache is None else cache.length_B.clone()
-        self.moves = Moves(self.start_B, count_B, S)
+        self.moves = moves or Moves(self.start_B, count_B, S)
         step_S = torch.arange(S, device=position_BS.device)
         self.place_BS = self.start_B[:, None] + step_S
         self.reach_BS = position_BS.clamp(max=config.sliding_window - 1)
@@ -57,9 +57,9 @@ class Layout:
             self.key_place_BT = last_B1 - (last_B1 - torch.arange(self.window_slots, device=step_S.device)) % R
             if not single:
                 self.key_place_BT = torch.cat([self.key_place_BT, self.place_BS], 1)
-        self._window_frequency = rotary_frequencies(config.qk_rope_head_dim, config.rope_theta, None)
-        self._compressed_frequency = rotary_frequencies(config.qk_rope_head_dim, config.compress_rope_theta,
-                                                        config.rope_scaling)
+        channels, device = config.qk_rope_head_dim, position_BS.device
+        self._window_frequency = rotary_frequencies(channels, config.rope_theta, None, device)
+        self._compressed_frequency = rotary_frequencies(channels, config.compress_rope_theta, config.rope_scaling, device)
         self.window_turn_BSC = self.turn(position_BS, compressed=False)
         self.compressed_turn_BSC = self.turn(position_BS, compressed=True)
         self.real_BS = step_S < count_B[:, None]
@@ -77,7 +77,7 @@ class Layout:
     def turn(self, position: Tensor, compressed: bool) -> Tensor:
         """Rotary turns [..., C] in complex64 at integer positions, for compressed layers or window-only ones."""
         frequency = self._compressed_frequency if compressed else self._window_frequency
-        angle = position[..., None].float() * frequency.to(position.device)
+        angle = position[..., None].float() * frequency
         return torch.complex(angle.cos(), angle.sin())
 
     def _blocks(self, ratio: int, cached: bool) -> Blocks:

@@ -60,16 +60,16 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(MTPBlock(config, depth) for depth in range(config.num_nextn_predict_layers))
 
     def forward(self, input_ids: Tensor, *, position_BS: Tensor | None = None, cache: Cache | None = None,
-                count_B: Tensor | None = None, last_only: bool = False) -> Output:
+                count_B: Tensor | None = None, last_only: bool = False, layout: Layout | None = None) -> Output:
         """Logits [B, S, V] for token ids [B, S].
 
         `position_BS` restarts at 0 where a packed document starts. `cache` continues the rows it holds, without
         gradients; row b then has count_B[b] new tokens (all S by default), the rest is padding. `last_only`: logits
-        [B, 1, V] of each row's last new token. Raises InputError for ids outside the vocabulary, empty input and rows
-        that get too long.
+        [B, 1, V] of each row's last new token. `layout`: theirs where it is made already; ids are not looked at then. Raises InputError
+        for ids outside the vocabulary, empty input and rows that get too long.
         """
         with torch.inference_mode() if cache is not None else nullcontext():
-            layout = self._layout(input_ids, position_BS, cache, count_B)
+            layout = layout or self._layout(input_ids, position_BS, cache, count_B)
             X_BSNW, _ = self._trunk(input_ids, layout, cache, None)
             if cache is not None:
                 cache.advance(layout.count_B)

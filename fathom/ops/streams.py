@@ -28,8 +28,8 @@ def stream_coefficients(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tenso
     """pre [B, S, N], post [B, S, N], res [B, S, N, N] in float32 (eq. 3-8)."""
     N = X_BSNW.shape[2]
     mix = _normalised_product(X_BSNW, fn, norm_eps)
-    scale = wide(scale_3).repeat_interleave(torch.tensor([N, N, N * N], device=fn.device), output_size=len(base))
-    pre_BSN, post_BSN, res_BSR = (mix * scale + wide(base)).split([N, N, N * N], -1)
+    parts = zip(wide(scale_3), *(x.split([N, N, N * N], -1) for x in (mix, wide(base))), strict=True)
+    pre_BSN, post_BSN, res_BSR = (product * scale + shift for scale, product, shift in parts)
     res_BSNN = sinkhorn(res_BSR.unflatten(-1, (N, N)), iterations, eps)
     return pre_BSN.sigmoid() + eps, 2 * post_BSN.sigmoid(), res_BSNN
 

@@ -8,9 +8,12 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'fath
 import fathom.ops.triton.kernels  # noqa: F401  (registers them)
 from fathom import ops
 from fathom.data.packing import Batch
+from fathom.engine.graphs import Graphs
+from fathom.engine.paged_cache import PagedCache, Row
 from fathom.ops.dispatch import Op
 from fathom.train.objective import LossWeights, objective
 from tests.models import random_model, random_tokens, small_config
+from tests.tapes import Tape
 
 CONFIG = small_config([0, 4, 6, 4], sliding_window=8, index_topk=3, head_dim=32)
 KERNELS = {"attention", "collapse_coefficients", "cross_entropy", "index_topk", "low_rank_queries", "pool_blocks", "rms_normalise", "rotate", "routed_experts",
@@ -68,3 +71,25 @@ def test_prefill_and_decoding_are_those_of_the_definitions(ran):
         logits = torch.cat([model(part, cache=cache).logits for part in (tokens[:, :18], *tokens[:, 18:].split(1, 1))], 1)
     assert {"attention", "index_topk", "routed_experts", "stream_coefficients"} <= ran
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_decoding_step_can_be_recorded_since_its_kernels_ask_for_nothing(ran):
+    model = random_model(CONFIG)
+    cache = PagedCache(CONFIG, 5, 3, torch.float32, torch.device("cpu"))
+    tokens, rows = random_tokens(CONFIG, 2, 21), [(0, [0, 1]), (1, [2, 3])]
+
+    def watched(step):
+        def again():
+            with Tape(kept=False):
+                logits_BV.copy_(step())
+
+        logits_BV = torch.empty(2, CONFIG.vocab_size)
+        return logits_BV, again
+
+    with torch.inference_mode():
+        model(tokens[:, :20], cache=cache.view([Row(slot, blocks, 0) for slot, blocks in rows], 24))
+    with ops.using("triton"):
+        got_BV = Graphs(model, cache, Row(2, [4], 0), watched).step([Row(slot, blocks, 20) for slot, blocks in rows], tokens[:, 20].tolist())
+    with torch.no_grad():
+        torch.testing.assert_close(got_BV, model(tokens).logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert ran >= {"attention", "index_topk", "routed_experts", "pool_blocks", "stream_coefficients"}
