@@ -35,7 +35,7 @@ def launch(path: Path | None, dtype: torch.dtype, device: str, packed: bool, set
 def choose(path: Path | None, name: str | None, key_file: Path | None, drain_seconds: float) -> tuple[Path, ServerSettings]:
     """The model to serve, by default the demo's, and how; InputError where there is none."""
     if path is None and not DEMO.is_dir():
-        raise InputError(f"no model given, and {DEMO} is not there; make one with `make demo` (about 9 minutes), or give a model folder")
+        raise InputError(f"no model given, and {DEMO} is not there; make one with `make demo` (about 10 minutes), or give a model folder")
     path = path or DEMO
     return path, ServerSettings(model_name=name or path.resolve().name, api_keys=read_keys(key_file), drain_seconds=drain_seconds)
 
