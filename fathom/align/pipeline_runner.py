@@ -23,6 +23,7 @@ from fathom.checkpoint.training import list_checkpoints
 from fathom.errors import FathomError
 from fathom.files import sha256, write_text
 from fathom.signals import termination_as_interrupt
+from fathom.train.ranks import LOST_ANOTHER
 
 POLL_SECONDS = 0.2
 
@@ -124,8 +125,7 @@ class Runner:
                 process.wait()
             del self.running[stage]
             if any(codes):
-                tail = self._path(stage, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                raise StageFailed(f"stage {stage.name} failed ({' '.join(tail)}); its output is in {self._path(stage, 'log')}; "
+                raise StageFailed(f"stage {stage.name} failed ({_last_words(self._path(stage, 'log'))}); its output is in {self._path(stage, 'log')}; "
                                   "run the pipeline again to go on")
             seconds = time.monotonic() - began
             add_seconds(self._path(stage, "seconds"), seconds)
@@ -175,6 +175,12 @@ def seconds_in(path: Path) -> float:
 def add_seconds(path: Path, seconds: float) -> None:
     """Add to what stands in this file, which need not exist."""
     write_text(path, f"{seconds_in(path) + seconds}\n")
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a stage's output: of several ranks the failed one's, not of one that lost it."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return next((line for line in reversed(lines) if LOST_ANOTHER not in line), (lines or [""])[-1])
 
 
 def _ask_to_end(processes: Sequence[subprocess.Popen]) -> None:

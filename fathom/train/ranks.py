@@ -57,6 +57,9 @@ class Parallel:
         return tuple(getattr(self, name) for name in AXES)
 
 
+LOST_ANOTHER = "lost another process of the run"  # in the last words of a rank that is not to blame
+
+
 class RankLost(FathomError):
     """Another process of the run has ended or does not answer."""
 
@@ -223,7 +226,7 @@ def join(parallel: Parallel, device: str = "cpu") -> Iterator[Ranks]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
-        raise RankLost(f"rank {os.environ.get('RANK', '?')} of {count} lost another process of the run: it ended, or did not answer for "
+        raise RankLost(f"rank {os.environ.get('RANK', '?')} of {count} {LOST_ANOTHER}: it ended, or did not answer for "
                        f"{parallel.timeout:g} s; checkpoints are whole, start all ranks again with --resume ({_reason(error)})") from error
 
 
