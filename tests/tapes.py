@@ -19,7 +19,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        assert name not in ASKS_THE_DEVICE, f"{name} asks the device"
+        assert name not in ASKS_THE_DEVICE or function._overloadname == "self_int", f"{function} asks the device"  # as many times each: it does not
         if name in ("index", "index_put_", "index_put", "_index_put_impl_"):
             assert not any(x is not None and x.dtype is torch.bool for x in args[1]), "an index by a mask asks the device for its size"
         out = function(*args, **(kwargs or {}))

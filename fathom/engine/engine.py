@@ -52,10 +52,10 @@ class Engine:
         self.config = config = model.config
         if settings.drafts and not model.mtp:
             raise InputError(f"drafts is {settings.drafts}, but this model has no MTP block; use drafts 0")
-        spare = int(settings.graphs)
         slots, blocks = _sizes(model, quantized_cache, settings)
-        self._cache = _paged_cache(model, blocks + spare, slots + spare, quantized_cache, settings.drafts)
-        graphs = Graphs(model, self._cache, Row(slots, [blocks], 0), _recorder(model)) if spare else None
+        more = int(settings.graphs)  # the last slot and block are no sequence's
+        self._cache = _paged_cache(model, blocks + more, slots + more, quantized_cache, settings.drafts)
+        graphs = Graphs(model, self._cache, Row(slots, [blocks], 0), _recorder(model)) if settings.graphs else None
         self.block_tokens, spare = self._cache.block_tokens, 2 * settings.drafts
         self._pool = BlockPool(blocks, self._forget)
         self._interval = self.block_tokens if settings.window == "full" else settings.interval
@@ -351,8 +351,8 @@ def _sizes(model: Transformer, quantized: bool, settings: EngineSettings) -> tup
 def _recorder(model: Transformer) -> Recorder:
     """InputError where the model's decoding cannot be recorded."""
     device = model.head.weight.device
-    if device.type != "cuda":
-        raise InputError(f"graphs are CUDA's, but the model is on {device}; leave them out")
     if model.config.attention != "v4":
         raise InputError(f"attention {model.config.attention!r} reads as many keys as there are tokens, which no graph does; leave graphs out")
+    if device.type != "cuda":
+        raise InputError(f"graphs are CUDA's, but the model is on {device}; leave them out")
     return Recorder()

@@ -6,6 +6,7 @@ only: no names, no model, no files.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -138,8 +139,14 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """Float32 values [...] of codes 0 ... 15."""
-    table = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=codes.device)
-    return table.index_select(0, codes.flatten().int()).view(codes.shape)
+    return _e2m1_table(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _e2m1_table(device: torch.device) -> Tensor:
+    """The values of codes 0 ... 15, kept on the device: no step has to bring them there."""
+    return torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=device)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

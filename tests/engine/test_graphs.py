@@ -8,6 +8,7 @@ import torch
 
 import fathom.engine.engine as engine_module
 from fathom import ops
+from fathom.checkpoint.layouts import use_rounding
 from fathom.engine.engine import Engine
 from fathom.engine.graphs import Graphs
 from fathom.engine.paged_cache import PagedCache, Row
@@ -15,6 +16,7 @@ from fathom.engine.request import Request
 from fathom.engine.sampler import Sampling
 from fathom.engine.settings import EngineSettings
 from fathom.errors import InputError
+from fathom.ops.rounding import ReleasedRounding
 from fathom.text.tokenizer import Tokenizer
 from tests.models import random_model, random_tokens, small_config
 from tests.tapes import Tape
@@ -23,6 +25,7 @@ RATIOS = [0, 4, 6, 4]  # blocks of 12 tokens
 
 
 def record(step):
+    step()  # as before a graph: what is made once and kept is made
     tape = Tape()
     with tape:
         out = step()
@@ -79,6 +82,16 @@ def test_an_engine_with_graphs_writes_what_it_writes_without(taped, model, token
     assert len(recorded._runner.graphs._recordings) >= 4  # of several numbers of rows and of blocks, each used for several steps
 
 
+def test_a_cache_in_the_released_formats_can_be_recorded_too(taped):
+    model = random_model(small_config(RATIOS, sliding_window=8, index_topk=3, head_dim=80, qk_rope_head_dim=16, index_head_dim=32))
+    use_rounding(model, ReleasedRounding(model.config.qk_rope_head_dim), set())
+    tokens, dense = random_tokens(model.config, 2, 30), model.new_cache(2, 36, quantized=True)
+    graphs = Graphs(model, PagedCache(model.config, 7, 3, torch.float32, torch.device("cpu"), quantized=True), Row(2, [6], 0), record)
+    for step in range(30):
+        got_BV = graphs.step([Row(0, [4, 1, 0], step), Row(1, [2, 5, 3], step)], tokens[:, step].tolist())
+        torch.testing.assert_close(got_BV, model(tokens[:, step:step + 1], cache=dense).logits[:, 0], rtol=1e-4, atol=1e-4)
+
+
 def test_one_recording_serves_all_rows_and_lengths_and_leaves_other_memory_alone(taped, model):
     cache = PagedCache(model.config, 9, 5, torch.float32, torch.device("cpu"))
     graphs = Graphs(model, cache, Row(4, [8], 0), record)
@@ -103,5 +116,7 @@ def test_one_recording_serves_all_rows_and_lengths_and_leaves_other_memory_alone
 def test_graphs_need_a_gpu_and_one_token_a_step(model, tokenizer):
     with pytest.raises(InputError, match="graphs are CUDA's, but the model is on cpu"):
         Engine(model, tokenizer, settings=EngineSettings(graphs=True))
+    with pytest.raises(InputError, match="attention 'gqa' reads as many keys as there are tokens"):
+        Engine(random_model(small_config([0, 0], vocab_size=320, attention="gqa", num_hash_layers=0)), tokenizer, settings=EngineSettings(graphs=True))
     with pytest.raises(InputError, match="graphs are of one token a step, but drafts is 2"):
         EngineSettings(graphs=True, drafts=2)
