@@ -23,8 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fathom import ops
 from fathom.ops.attention import Entries, Window
-from fathom.ops.triton import attention, compress, entry_mass, experts, index_topk, linear, losses, norm_rotary, rounding, streams
+from fathom.ops.triton import attention, compress, entry_mass, experts, index_topk, linear, losses, norm_rotary, orthogonalize, rounding, streams
 from fathom.quant.formats import quantise_fp4, quantise_fp8
 from fathom.quant.records import EntryRecord, KeyRecord
 
@@ -98,6 +99,7 @@ def call_operators(dtype: torch.dtype, W: int, H: int, D: int, F: int, index_D: 
     backward(compress.pool_blocks_triton(new(2, 128, D), new(2, 128, D), torch.arange(256).view(2, 128), None, None))
     backward(losses.cross_entropy_triton(new(64, W), new(4096 + 16, W), torch.arange(64)))
     backward(losses.reverse_kl_triton(new(64, W), new(4096 + 16, W), new(64, 2 * W), new(4096 + 16, 2 * W)))
+    orthogonalize.orthogonalize_triton(new(2, 2 * D, W).detach(), dtype=dtype)
     turn = torch.zeros(1, S, D // 16, dtype=torch.complex64)
     backward(norm_rotary.rms_normalise_triton(new(1, S, W), 1e-6, new(W)))
     backward(norm_rotary.rotate_triton(new(1, S, H, D), turn[:, :, None]))
@@ -113,6 +115,8 @@ def call_operators(dtype: torch.dtype, W: int, H: int, D: int, F: int, index_D: 
     for length in (M, 3 * 8192):
         index_topk.index_topk_triton(q.detach(), weight.detach(), new(1, length, index_D).detach(), torch.zeros(1, S, dtype=torch.int64),
                                      torch.full((1, S), length), K)
+    records = ops.Recorded(torch.zeros(1, M, KeyRecord(index_D, dtype).width, dtype=torch.uint8), KeyRecord(index_D, dtype))
+    index_topk.index_topk_triton(q.detach(), weight.detach(), records, torch.zeros(1, S, dtype=torch.int64), torch.full((1, S), M), K)
     packed = torch.ones(F, W)
     for matrix in (quantise_fp8(packed), quantise_fp4(packed)):
         for rows in (1, 128):

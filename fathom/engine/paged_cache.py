@@ -198,13 +198,20 @@ class _PagedStream(Stream):
         place_N = self.table.block_BP[row_N, slot_N // self.count] * self.count + slot_N % self.count
         self.pool_EC[place_N] = ops.pack(entries_ND, self.record)
 
-    def entries(self, count: int) -> Tensor:
+    @property
+    def lies_ready(self) -> bool:
+        return super().lies_ready and self.table.run is not None
+
+    def at(self, slot_BM: Tensor) -> Tensor:
+        return self.pool_EC[self.table.block_BP.gather(1, slot_BM // self.count) * self.count + slot_BM % self.count]
+
+    def records(self, count: int) -> Tensor:
         if self.table.run is not None:
             begin = self.table.run * self.count
-            return ops.unpack(self.pool_EC[None, begin:begin + count], self.record)
+            return self.pool_EC[None, begin:begin + count]
         blocks = -(-count // self.count)
         pages = self.pool_EC.unflatten(0, (-1, self.count))[self.table.block_BP[:, :blocks]]
-        return ops.unpack(pages.flatten(1, 2)[:, :count], self.record)
+        return pages.flatten(1, 2)[:, :count]
 
 
 class _PagedLayer:

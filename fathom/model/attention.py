@@ -52,17 +52,15 @@ class Attention(nn.Module):
             kv_BTD = cache.window.extend(kv_BTD, layout.moves, slots=layout.window_slots)
         window = ops.Window(kv_BTD, layout.key_place_BT, layout.place_BS, layout.reach_BS)
 
-        entries = index_loss = None
-        if self.compressor is not None:
-            blocks = layout.blocks[self.ratio]
-            kv_BMD = self.compressor(x_BSW, layout, cache and cache.entries, self.rounding.entries)
-            entries = ops.Entries(kv_BMD, blocks.first_BS, blocks.count_BS, None)
+        entries = index_loss = scorer = selected_BSK = None
         if self.indexer is not None and phase != "dense":
             scorer = self.indexer(x_BSW.detach(), latent_BSR.detach(), layout, cache and cache.keys, self.rounding)
             if phase != "warmup":
-                entries = entries._replace(selected_BSK=self.indexer.select(scorer, layout))
-            if phase is not None:
-                index_loss = self.indexer.objective(scorer, q_BSHD, window, entries, self.sink)
+                selected_BSK = self.indexer.select(scorer, layout)
+        if self.compressor is not None:
+            entries = self.compressor(x_BSW, layout, cache and cache.entries, self.rounding.entries, selected_BSK)
+        if scorer is not None and phase is not None:
+            index_loss = self.indexer.objective(scorer, q_BSHD, window, entries, self.sink)
 
         out_BSHD = ops.attention(q_BSHD, window, entries, self.sink)
         return ops.join_heads(out_BSHD, turn_BSC, self.output_down.matrix, self.output_up, self.groups), index_loss

@@ -120,7 +120,34 @@ class Stream:
 
     def entries(self, count: int) -> Tensor:
         """The first `count` entries of each row [B, M, D]."""
-        return ops.unpack(self.records_BMC[:, :count], self.record)
+        return ops.unpack(self.records(count), self.record)
+
+    def records(self, count: int) -> Tensor:
+        """The records of each row's first `count` entries [B, M, width]."""
+        return self.records_BMC[:, :count]
+
+    def read(self, count: int, selected_BSK: Tensor | None) -> tuple[Tensor | ops.Recorded, Tensor | None]:
+        """What queries read of each row's first `count` entries, and the selection's slots there (-1: none).
+
+        That is all of them [B, M, D] or, where those would be copied and a selection is smaller, its own [B, S K, D], query by query.
+        Packed index keys stay so: one pass over them is all that they are for.
+        """
+        if type(self.record) is KeyRecord:
+            return ops.Recorded(self.records(count), self.record), None
+        if selected_BSK is None or self.lies_ready or math.prod(selected_BSK.shape[1:]) >= count:
+            return self.entries(count), selected_BSK
+        slot_BM = selected_BSK.flatten(1)
+        place_SK = torch.arange(slot_BM.shape[1], device=slot_BM.device).view(selected_BSK.shape[1:])
+        return ops.unpack(self.at(slot_BM.clamp(min=0)), self.record), place_SK.where(selected_BSK >= 0, -1)
+
+    @property
+    def lies_ready(self) -> bool:
+        """Whether `entries` copies nothing."""
+        return type(self.record) is PlainRecord
+
+    def at(self, slot_BM: Tensor) -> Tensor:
+        """The records in these slots [B, M, width]."""
+        return self.records_BMC[torch.arange(len(slot_BM), device=slot_BM.device)[:, None], slot_BM]
 
     def extend(self, new_BSD: Tensor, tokens: Tokens) -> Tensor:
         """Keep every new token as an entry of its own; all so far [B, M, D]."""

@@ -26,13 +26,15 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config.hidden_size, config.index_head_dim, ratio, config.rms_norm_eps)
 
     def forward(self, x_BSW: Tensor, latent_BSR: Tensor, layout: Layout,
-                stream: Stream | None, rounding: ops.Rounding = ops.EXACT) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, S, H, D], head weights [B, S, H] and keys [B, M, D], from which scores are made."""
+                stream: Stream | None, rounding: ops.Rounding = ops.EXACT) -> tuple[Tensor, Tensor, Tensor | ops.Recorded]:
+        """Queries [B, S, H, D], head weights [B, S, H] and keys [B, M, D], from which scores are made; a cache in the released formats gives
+        keys as they lie there.
+        """
         q_BSHD = ops.index_queries(latent_BSR, self.query_up, self.heads, layout.compressed_turn_BSC, rounding)
-        return q_BSHD, self.head_weights(x_BSW), self.compressor(x_BSW, layout, stream, rounding.index)
+        return q_BSHD, self.head_weights(x_BSW), self.compressor(x_BSW, layout, stream, rounding.index).kv_BMD
 
     @torch.no_grad()
-    def select(self, scorer: tuple[Tensor, Tensor, Tensor], layout: Layout) -> Tensor | None:
+    def select(self, scorer: tuple[Tensor, Tensor, Tensor | ops.Recorded], layout: Layout) -> Tensor | None:
         """Slots [B, S, K] of the entries to read, -1 for none; None where every visible entry is read anyway."""
         blocks = layout.blocks[self.ratio]
         if blocks.entries <= self.topk:

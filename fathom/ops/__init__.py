@@ -45,7 +45,7 @@ from fathom.ops.losses import IGNORE, cross_entropy, index_divergence, reverse_k
 from fathom.ops.norm import rms_normalise
 from fathom.ops.orthogonalize import orthogonalize
 from fathom.ops.precision import products_in, wide
-from fathom.ops.records import pack, unpack
+from fathom.ops.records import Recorded, pack, unpack
 from fathom.ops.rotary import rotate
 from fathom.ops.rounding import EXACT, Rounding, round_entries, round_index, round_inputs
 from fathom.ops.routing import route
@@ -55,7 +55,7 @@ if torch.cuda.is_available() and find_spec("triton"):
     import fathom.ops.triton.kernels  # noqa: F401  (registers them)
 
 __all__ = [
-    "EXACT", "IGNORE", "Entries", "Matrix", "Norm", "Projection", "Rounding", "Window", "attended_entries", "attention", "clamped_swiglu",
+    "EXACT", "IGNORE", "Entries", "Matrix", "Norm", "Projection", "Recorded", "Rounding", "Window", "attended_entries", "attention", "clamped_swiglu",
     "collapse_coefficients", "compressor_inputs", "cross_entropy", "dense", "entry_mass", "grouped_attention", "grouped_linear",
     "index_divergence", "index_objective", "index_queries", "index_scores", "index_topk", "join_heads", "key_mass", "linear", "low_rank_queries",
     "open_streams", "orthogonalize", "pack", "pool_blocks", "reverse_kl", "rms_normalise", "rotate", "round_entries", "round_index",

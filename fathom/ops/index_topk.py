@@ -6,6 +6,7 @@ from torch import Tensor
 from fathom.ops.attention import visible_entries
 from fathom.ops.dispatch import op
 from fathom.ops.precision import wide
+from fathom.ops.records import Recorded
 
 
 @op
@@ -17,9 +18,11 @@ def index_scores(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor) -> Tensor
 
 
 @op
-def index_topk(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, first_BS: Tensor, count_BS: Tensor,
+def index_topk(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor | Recorded, first_BS: Tensor, count_BS: Tensor,
                k: int) -> Tensor:
     """Slots [B, S, min(k, M)] of the k best visible entries, ascending, -1 behind the last; of equal scores the earlier entry's."""
+    if isinstance(keys_BMD, Recorded):
+        return index_topk(q_BSHD, weight_BSH, keys_BMD.vectors(), first_BS, count_BS, k)
     visible_BSM = visible_entries(first_BS, count_BS, keys_BMD.shape[1])
     score_BSM = index_scores(q_BSHD, weight_BSH, keys_BMD).masked_fill(~visible_BSM, float("-inf"))
     slot_BSM = score_BSM.sort(dim=-1, descending=True, stable=True).indices

@@ -79,6 +79,20 @@ class Stage:
     quantised: Callable[[int], bool]  # whether forward and backward see the released number formats
     attention: Callable[[int], Attention] = lambda step: "sparse"
     sample: Callable[[Transformer], list[dict[str, str]]] | None = None  # texts of the whole model as it is, written at checkpoints
+    flops: Callable[[int], float] | None = None  # of training on one of the step's tokens
+    peak_flops: float | None = None  # a second, of all ranks' devices together, where that is known
+
+
+def speed(metrics: dict[str, Any], stage: Stage, step: int) -> dict[str, float]:
+    """Tokens a second of a step with its `tokens` and `seconds` and, where the stage says what they cost, FLOPs a second and the share of
+    the devices' peak (MFU).
+    """
+    found = {"tokens_per_second": metrics["tokens"] / metrics["seconds"]}
+    if stage.flops:
+        found["flops_per_second"] = found["tokens_per_second"] * stage.flops(step)
+        if stage.peak_flops:
+            found["mfu"] = found["flops_per_second"] / stage.peak_flops
+    return found
 
 
 class Diverged(FathomError):
@@ -120,7 +134,7 @@ def run_stage(run: Path, model: Transformer, tokenizer: Tokenizer, optimizer: Op
             began = time.monotonic()
             metrics = take_step(model, optimizer, stage, step, settings, ranks, guard, watch)
             metrics["seconds"] = time.monotonic() - began
-            metrics["tokens_per_second"] = metrics["tokens"] / metrics["seconds"]
+            metrics |= speed(metrics, stage, step)
             done = step + 1
             tracker.record(done, metrics)
             if guard.sees_spike(step, metrics["loss"], metrics["gradient_norm"], _kind(metrics, stage, step)):

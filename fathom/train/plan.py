@@ -27,7 +27,8 @@ MASTER_BYTES = 4  # weights, gradients and optimiser state are float32
 class Plan:
     """The machine that --dry-run counts with. `ranks` share weights, gradients and optimiser state; `expert_ranks` of them one layer's
     experts while they compute it, `sequence_ranks` one sequence; a rank holds `rows` sequences at a time. Throughput is
-    `flops_per_second` of all ranks together or, without it, ranks x `peak_flops` (of one H100 in BF16) x `mfu`.
+    `flops_per_second` of all ranks together or, without it, ranks x `peak_flops` (of one H100 in BF16) x `mfu`. What a run on an
+    accelerator comes to is recorded as its share of `peak_flops`.
     """
 
     ranks: int = 1

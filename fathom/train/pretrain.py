@@ -4,6 +4,7 @@ The recipe is this file's `Pretrain`; the steps are the loop's.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from rich.console import Console
@@ -31,7 +32,7 @@ from fathom.train.loop import Loop, Stage, run_stage
 from fathom.train.objective import LossWeights, objective
 from fathom.train.parallel import parallelise
 from fathom.train.phases import check_phases
-from fathom.train.plan import Cost, Optimizers, Plan, cost, show
+from fathom.train.plan import Cost, Optimizers, Plan, cost, show, training_flops_per_token
 from fathom.train.rank_optimizer import make_optimizer
 from fathom.train.ranks import Parallel, Ranks, join
 from fathom.train.run_folder import first_continues, fit_minutes, restored, resumed_recipe, start_run
@@ -173,12 +174,15 @@ def _stage(recipe: Pretrain, model: Transformer, corpus: Corpus, ranks: Ranks) -
     packed = {length: PackedData(corpus.train, length, recipe.seed, pad_id) for length in schedule.lengths}
     validation = deal(held_out_batches(corpus.held_out, data.validation_length or schedule.lengths[-1], pad_id, data.validation_tokens), ranks)
     byte_lengths_V = token_byte_lengths(corpus.tokenizer, model.config.vocab_size)
+    flops = lru_cache(lambda length, attention: training_flops_per_token(model.config, length, attention, schedule.mtp_weight > 0))
     return Stage(
         batch=lambda step: rank_rows(packed[schedule.length_at(step)], schedule.first_row_at(step), schedule.batch_rows_at(step), ranks),
         loss=lambda batch, step: objective(model, batch, recipe.losses, schedule.mtp_weight_at(step), schedule.attention_at(step)),
         rate=schedule.rate_at, bias_speed=schedule.bias_speed_at, quantised=schedule.quantised_at, attention=schedule.attention_at,
         validate=lambda: bits_per_byte(model, validation, byte_lengths_V, ranks.sum),
-        sample=lambda whole: continuations(whole, corpus.tokenizer, recipe.tracking))
+        sample=lambda whole: continuations(whole, corpus.tokenizer, recipe.tracking),
+        flops=lambda step: flops(schedule.length_at(step), schedule.attention_at(step)),
+        peak_flops=None if ranks.device.type == "cpu" else ranks.count * recipe.plan.peak_flops)
 
 
 def continuations(model: Transformer, tokenizer: Tokenizer, tracking: Tracking) -> list[dict[str, str]]:

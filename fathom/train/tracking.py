@@ -82,7 +82,8 @@ class Tracker:
         """Append one step's metrics and move the bar; `step` counts the steps done."""
         self._append({"step": step} | metrics)
         reward = f"reward {metrics['reward']:.3f}  " if "reward" in metrics else ""
-        state = f"{reward}loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        share = f"  MFU {metrics['mfu']:.0%}" if "mfu" in metrics else ""
+        state = f"{reward}loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s{share}"
         self.progress.update(self.task, completed=step, state=state)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.printed > _QUIET_SECONDS or step == self.steps):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fathom import ops
 from fathom.engine.paged_cache import PagedCache, Row
 from fathom.model.cache import Moves
 from tests.models import random_model, random_tokens, small_config
@@ -99,6 +100,20 @@ def test_reading_again_rebuilds_the_window_and_writes_no_entry(model):
     for block, records in zip(blocks, before, strict=False):
         for name, page in cache.read_block(block).items():
             assert torch.equal(page, records[name])
+
+
+@torch.no_grad()
+def test_rows_that_decode_copy_the_entries_that_they_selected_and_no_others(model, monkeypatch):
+    cache, texts, read = paged(model), random_tokens(model.config, 2, 301), []
+    blocks = [[7, 2, 11], [3, 19, 1]]
+    for slot, text in enumerate(texts):
+        model(text[None, :300], cache=cache.view([Row(slot, blocks[slot], 0)], 4096))
+    monkeypatch.setattr(ops, "unpack", lambda records, record: read.append(tuple(records.shape[:2])) or record.unpack(records))
+    logits = model(texts[:, 300:], cache=cache.view([Row(0, blocks[0], 300), Row(1, blocks[1], 300)], 4096)).logits
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(logits[row, 0], whole(model, text)[300], atol=1e-4, rtol=0)
+    assert (2, model.config.index_topk) in read
+    assert read.count((2, 75)) == 1  # index keys
 
 
 def test_sizes_are_those_of_the_tensors(model):

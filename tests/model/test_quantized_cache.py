@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fathom
+from fathom import ops
 from fathom.accounting import released_cache_bytes
 from fathom.checkpoint.layouts import use_rounding
 from fathom.checkpoint.released import save_model
 from fathom.errors import InputError
+from fathom.model.cache import Stream
 from fathom.ops.rounding import ReleasedRounding
+from fathom.quant.records import EntryRecord, KeyRecord
 from tests.models import random_model, random_tokens, small_config
 
 ODD = small_config([0, 4, 128, 3, 17], sliding_window=20, num_hash_layers=2, hidden_size=72, head_dim=100, qk_rope_head_dim=16,
@@ -139,6 +142,30 @@ def test_rows_of_a_ragged_batch_equal_the_same_rows_alone(model):
         torch.testing.assert_close(torch.cat(got[b]), alone[0], atol=1e-9, rtol=0)
         for place, (tensor, _) in records(own).items():
             assert torch.equal(records(cache)[place][0][b, :tensor.shape[1]], tensor[0]), place
+
+
+@torch.no_grad()
+def test_a_decoded_token_unpacks_the_entries_that_it_selected_and_no_others(model, monkeypatch):
+    tokens, read = random_tokens(ODD, 2, 401), []
+
+    def unpack(found, record):
+        read.append((type(record), found.shape[1]))
+        return record.unpack(found)
+
+    def decoded():
+        cache = model.new_cache(2, 401, quantized=True)
+        model(tokens[:, :400], cache=cache)
+        read.clear()
+        monkeypatch.setattr(ops, "unpack", unpack)
+        return model(tokens[:, 400:], cache=cache).logits
+
+    logits = decoded()
+    assert [count for kind, count in read if kind is EntryRecord and count > ODD.sliding_window] == [400 // 17]  # HCA's, of which none is selected
+    assert read.count((EntryRecord, ODD.index_topk)) == 2  # of both CSA layers
+    assert {count for kind, count in read if kind is KeyRecord} == {400 // 4, 400 // 3}
+    monkeypatch.setattr(Stream, "lies_ready", True)  # as if all of them were there anyway
+    torch.testing.assert_close(logits, decoded(), atol=1e-12, rtol=0)
+    assert (EntryRecord, 400 // 4) in read
 
 
 @torch.no_grad()

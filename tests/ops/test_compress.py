@@ -56,7 +56,7 @@ def test_compressor_gradients(ratio):
     parameters = dict(module.named_parameters())
 
     def run(x, *values):
-        return torch.func.functional_call(module, dict(zip(parameters, values, strict=True)), (x, layout, None))
+        return torch.func.functional_call(module, dict(zip(parameters, values, strict=True)), (x, layout, None)).kv_BMD
 
     assert torch.autograd.gradcheck(run, (x, *parameters.values()), fast_mode=True)
 
@@ -66,7 +66,7 @@ def test_no_complete_block_gives_no_entry():
     module = Compressor(6, 16, 4, 1e-6)
     x = torch.randn(2, 3, 6)
     entries = module(x, Layout(config, torch.arange(3).expand(2, 3), torch.tensor([3, 3]), None), None)
-    assert entries.shape == (2, 0, 16)
+    assert entries.kv_BMD.shape == (2, 0, 16)
 
 
 def test_inverse_rotation_undoes_rotation_and_scores_depend_on_distance_only():

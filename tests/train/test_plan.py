@@ -1,6 +1,7 @@
 """What a dry run counts: the published sizes and tokens, FLOPs and activations against what really happens."""
 
 import dataclasses
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fathom.optim.muon import AdamW, Muon
 from fathom.optim.schedules import Schedule
 from fathom.recipe import load
 from fathom.train import plan
+from fathom.train.loop import Stage, speed
 from fathom.train.objective import LossWeights, objective
 from fathom.train.plan import Optimizers, Plan, activation_bytes, cost, training_flops_per_token
 from fathom.train.pretrain import Pretrain, dry_run
@@ -63,6 +65,19 @@ def test_memory_is_shared_by_ranks_and_duration_by_throughput():
     assert one.memory["weights (float32)"] == 4 * one.parameters
     assert one.seconds == pytest.approx(8 * eight.seconds)
     assert planned("nano", "plan.flops_per_second=1e15").seconds == pytest.approx(one.flops / 1e15)
+
+
+def test_a_steps_flops_are_those_that_the_plan_counts_and_mfu_is_their_share_of_the_peak():
+    recipe = load(Pretrain, RECIPES / "tiny-stages.toml")
+    stage = Stage(batch=None, loss=None, rate=None, bias_speed=None, validate=None, quantised=None,
+                  flops=lambda step: training_flops_per_token(small_config([4, 0]), recipe.schedule.length_at(step), recipe.schedule.attention_at(step)))
+    metrics = {"tokens": 2048, "seconds": 0.5}
+    found = speed(metrics, stage, 0)
+    assert recipe.schedule.attention_at(0) == "dense" and set(found) == {"tokens_per_second", "flops_per_second"}
+    assert found["flops_per_second"] == 4096 * training_flops_per_token(small_config([4, 0]), 512, "dense")
+    assert speed(metrics, stage, recipe.schedule.steps - 1)["flops_per_second"] > found["flops_per_second"]  # longer sequences, and the indexer's loss
+    assert speed(metrics, replace(stage, peak_flops=8 * found["flops_per_second"]), 0)["mfu"] == 0.125
+    assert speed(metrics, replace(stage, flops=None), 0) == {"tokens_per_second": 4096}
 
 
 def test_adamw_for_all_matrices_costs_their_second_moment():

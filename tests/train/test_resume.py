@@ -42,6 +42,8 @@ def test_the_run_learns_and_leaves_what_it_promises(unbroken):
     curve = losses(unbroken)
     assert [step for step, _ in curve] == list(range(1, 21))
     assert curve[-1][1] < curve[0][1] - 1
+    for line in map(json.loads, (unbroken / "metrics.jsonl").read_text().splitlines()):
+        assert "mfu" not in line and ("loss" not in line or line["flops_per_second"] > line["tokens_per_second"])
     for name in ("recipe.toml", "environment.json", "loss.png", "tokenizer/tokenizer.json", "data/train/manifest.json"):
         assert (unbroken / name).stat().st_size > 0
     assert sorted(folder.name for folder in (unbroken / "checkpoints").iterdir()) == ["step-000015", "step-000020"]

@@ -21,7 +21,7 @@ _MANY = 64  # how many times k entries there must be for it
 
 
 @index_topk.register("cpu", supports=lambda q_BSHD, weight_BSH, keys_BMD, first_BS, count_BS, k: (
-    q_BSHD.device.type == "cpu" and q_BSHD.dtype in (torch.float32, torch.bfloat16)))
+    isinstance(keys_BMD, Tensor) and q_BSHD.device.type == "cpu" and q_BSHD.dtype in (torch.float32, torch.bfloat16)))
 @torch.no_grad()
 def index_topk_cpu(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, first_BS: Tensor, count_BS: Tensor,
                    k: int) -> Tensor:

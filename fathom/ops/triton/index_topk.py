@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops.index_topk import index_scores, index_topk
-from fathom.ops.triton.launch import NAME, power_of_two, runs
-from fathom.ops.triton.linear import warps
+from fathom.ops.records import Recorded
+from fathom.ops.triton.launch import NAME, here, power_of_two, runs
+from fathom.ops.triton.linear import fp4_numbers, scale_numbers, warps
+from fathom.quant.formats import FP4_BLOCK
 
 _TILE_S, _TILE_M = 16, 64  # queries that a program goes through, entries in its tile
 _SUMS = 16  # partial sums that the keys' gradient is made of, at most
@@ -43,6 +45,18 @@ def _load_keys(keys_BMD, b, m, M, D: tl.constexpr, TILE_D: tl.constexpr):
 
 
 @triton.jit
+def _load_records(records_BMC, b, m, M, row_stride, width, D: tl.constexpr, TILE_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Entries m of row b that lie in records: FP4 codes, two a byte, and a scale for each `BLOCK` channels; zero outside."""
+    record_m = records_BMC + b.to(tl.int64) * row_stride + m[:, None].to(tl.int64) * width
+    byte, block = tl.arange(0, TILE_D // 2)[None, :], tl.arange(0, TILE_D // BLOCK)[None, :]
+    code_mc = tl.load(record_m + byte, mask=(m[:, None] < M) & (2 * byte < D), other=0)
+    scale_mb = tl.load(record_m + (D + 1) // 2 + block, mask=(m[:, None] < M) & (block * BLOCK < D), other=0)
+    number_md = fp4_numbers(tl.interleave(code_mc & 15, code_mc >> 4 & 15))
+    number_mbc = tl.reshape(number_md, [m.shape[0], TILE_D // BLOCK, BLOCK]) * scale_numbers(scale_mb)[:, :, None]
+    return tl.reshape(number_mbc, [m.shape[0], TILE_D])
+
+
+@triton.jit
 def _load_query(q_BSHD, weight_BSH, row, scale, H: tl.constexpr, D: tl.constexpr, TILE_H: tl.constexpr, TILE_D: tl.constexpr):
     """A query's heads [h, d] and their weights times D^-0.5 H^-0.5 [h], zero outside."""
     h, d = tl.arange(0, TILE_H), tl.arange(0, TILE_D)
@@ -51,12 +65,18 @@ def _load_query(q_BSHD, weight_BSH, row, scale, H: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["S", "M", "begin", "queries", "least"])
-def _score(q_BSHD, weight_BSH, keys_BMD, first_BS, count_BS, score_BCM, scale, S, M, begin, queries, least, H: tl.constexpr, D: tl.constexpr,
-           RANGES: tl.constexpr, TILE_S: tl.constexpr, TILE_M: tl.constexpr, TILE_H: tl.constexpr, TILE_D: tl.constexpr):
-    """score[b, c, m] = sum_h w_h relu(q_h . k_m) for C queries from `begin` on; `RANGES`: where an entry of a tile is visible, of more than `least`."""
+def _score(q_BSHD, weight_BSH, keys_BMD, first_BS, count_BS, score_BCM, scale, S, M, begin, queries, least, row_stride, width,
+           H: tl.constexpr, D: tl.constexpr, RANGES: tl.constexpr, BLOCK: tl.constexpr, TILE_S: tl.constexpr, TILE_M: tl.constexpr, TILE_H: tl.constexpr,
+           TILE_D: tl.constexpr):
+    """score[b, c, m] = sum_h w_h relu(q_h . k_m) for C queries from `begin` on; `RANGES`: where an entry of a tile is visible, of more than `least`;
+    `BLOCK`, if not 0: keys lie in records with a scale for so many channels.
+    """
     first_m, first_c, b = tl.program_id(0) * TILE_M, tl.program_id(1) * TILE_S, tl.program_id(2)
     m = first_m + tl.arange(0, TILE_M)
-    keys_md = _load_keys(keys_BMD, b, m, M, D, TILE_D)
+    if BLOCK:
+        keys_md = _load_records(keys_BMD, b, m, M, row_stride, width, D, TILE_D, BLOCK).to(q_BSHD.dtype.element_ty)
+    else:
+        keys_md = _load_keys(keys_BMD, b, m, M, D, TILE_D)
     for c in range(first_c, tl.minimum(first_c + TILE_S, queries)):
         row, wanted = b.to(tl.int64) * S + begin + c, True
         if RANGES:
@@ -170,7 +190,7 @@ class _IndexScores(torch.autograd.Function):
         score_BSM = q_BSHD.new_empty(B, S, M, dtype=torch.float32)
         if score_BSM.numel():
             _score[triton.cdiv(M, _TILE_M), triton.cdiv(S, _TILE_S), B](
-                *tensors, None, None, score_BSM, (D * H) ** -0.5, S, M, 0, S, 0, H=H, D=D, RANGES=False, TILE_S=_TILE_S, TILE_M=_TILE_M, **_sides(H, D))
+                *tensors, None, None, score_BSM, (D * H) ** -0.5, S, M, 0, S, 0, 0, 0, H=H, D=D, RANGES=False, BLOCK=0, TILE_S=_TILE_S, TILE_M=_TILE_M, **_sides(H, D))
         return score_BSM
 
     @staticmethod
@@ -209,20 +229,32 @@ def _best(score_BCM: Tensor, first_BS: Tensor, count_BS: Tensor, begin: int, k: 
     return best_BCK
 
 
-@index_topk.register(NAME, supports=lambda q_BSHD, weight_BSH, keys_BMD, first_BS, count_BS, k: (
-    q_BSHD.dtype == keys_BMD.dtype and runs(q_BSHD, weight_BSH, keys_BMD)))
+def _taken(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor | Recorded) -> bool:
+    """Whether kernels take these queries and keys."""
+    if isinstance(keys_BMD, Recorded):
+        return q_BSHD.dtype == keys_BMD.dtype and keys_BMD.records_BMC.stride(2) == 1 and here(keys_BMD.records_BMC) and runs(q_BSHD, weight_BSH)
+    return q_BSHD.dtype == keys_BMD.dtype and runs(q_BSHD, weight_BSH, keys_BMD)
+
+
+@index_topk.register(NAME, supports=lambda q_BSHD, weight_BSH, keys_BMD, first_BS, count_BS, k: _taken(q_BSHD, weight_BSH, keys_BMD))
 @torch.no_grad()
-def index_topk_triton(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, first_BS: Tensor, count_BS: Tensor, k: int) -> Tensor:
-    """`index_topk`, a chunk of queries at a time."""
+def index_topk_triton(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor | Recorded, first_BS: Tensor, count_BS: Tensor, k: int) -> Tensor:
+    """`index_topk`, a chunk of queries at a time; keys in records are read as they are, and become numbers inside the tile."""
     (B, S, H, D), M = q_BSHD.shape, keys_BMD.shape[1]
-    k = min(k, M)
+    k, sides, block, stored = min(k, M), _sides(H, D), 0, keys_BMD
+    if isinstance(keys_BMD, Recorded):
+        block, stored = FP4_BLOCK, keys_BMD.records_BMC
+        sides["TILE_D"] = max(FP4_BLOCK, sides["TILE_D"])
+    else:
+        stored = stored.contiguous()
     selected_BSK = first_BS.new_empty(B, S, k, dtype=torch.int64)
-    tensors, ranges = [each.contiguous() for each in (q_BSHD, weight_BSH, keys_BMD)], (first_BS.contiguous(), count_BS.contiguous())
+    tensors, ranges = (q_BSHD.contiguous(), weight_BSH.contiguous(), stored), (first_BS.contiguous(), count_BS.contiguous())
     size = max(1, _CHUNK_SCORES // max(1, B * M))
     for begin in range(0, S if selected_BSK.numel() else 0, size):
         C = min(size, S - begin)
         score_BCM = q_BSHD.new_empty(B, C, M, dtype=torch.float32)
         _score[triton.cdiv(M, _TILE_M), triton.cdiv(C, _TILE_S), B](
-            *tensors, *ranges, score_BCM, (D * H) ** -0.5, S, M, begin, C, k, H=H, D=D, RANGES=True, TILE_S=_TILE_S, TILE_M=_TILE_M, **_sides(H, D))
+            *tensors, *ranges, score_BCM, (D * H) ** -0.5, S, M, begin, C, k, *stored.stride()[:2], H=H, D=D, RANGES=True, BLOCK=block,
+            TILE_S=_TILE_S, TILE_M=_TILE_M, **sides)
         selected_BSK[:, begin:begin + C] = _best(score_BCM, *ranges, begin, k)
     return selected_BSK

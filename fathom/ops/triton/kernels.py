@@ -8,5 +8,6 @@ import fathom.ops.triton.index_topk
 import fathom.ops.triton.linear
 import fathom.ops.triton.losses
 import fathom.ops.triton.norm_rotary
+import fathom.ops.triton.orthogonalize
 import fathom.ops.triton.rounding
 import fathom.ops.triton.streams  # noqa: F401

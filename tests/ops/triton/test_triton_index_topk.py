@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'fath
 
 from fathom import ops
 from fathom.ops.triton import index_topk as module
+from fathom.quant.records import KeyRecord
 
 
 def problem(B, S, H, D, M, dtype=torch.float32):
@@ -143,3 +144,25 @@ def test_the_definition_takes_the_rest():
     with ops.using("triton"):
         assert ops.index_scores.choose(q.double(), weight.double(), keys.double())[0] == "definition"
         assert ops.index_topk.choose(q.double(), weight, keys.double(), none, none, 2)[0] == "definition"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("B, S, H, D, M, k", [(1, 1, 3, 16, 1, 4), (2, 5, 4, 40, 130, 7), (1, 17, 2, 33, 70, 70), (2, 3, 20, 128, 200, 16)])
+def test_keys_that_lie_in_records_are_read_there(B, S, H, D, M, k, dtype):
+    q, weight, keys = problem(B, S, H, D, M, dtype)
+    record = KeyRecord(D, dtype)
+    kept = torch.full((B, M + 3, record.width), 255, dtype=torch.uint8)  # of a cache with places behind them
+    kept[:, :M] = record.pack(keys * torch.logspace(-3, 3, M)[:, None].to(dtype))
+    recorded = ops.Recorded(kept[:, :M], record)
+    assert recorded.shape == (B, M, D) and recorded.dtype == dtype
+    first, count = ranges(B, S, M)
+    found = select("triton", q, weight, recorded, first, count, k)
+    assert torch.equal(found, select("triton", q, weight, recorded.vectors(), first, count, k))
+    assert torch.equal(found, select("definition", q.double(), weight.double(), recorded.vectors().double(), first, count, k))
+
+
+def test_records_of_another_precision_are_unpacked():
+    q, weight, _ = problem(1, 2, 3, 32, 9)
+    recorded = ops.Recorded(torch.zeros(1, 9, 17, dtype=torch.uint8), KeyRecord(32, torch.bfloat16))
+    with ops.using("triton"):
+        assert ops.index_topk.choose(q, weight, recorded, *ranges(1, 2, 9), 4)[0] != "triton"
