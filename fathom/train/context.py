@@ -151,11 +151,11 @@ class _Gathered:
         """Hand in this rank's entries."""
         self.own_ND = entries_ND
 
-    def entries(self, count: int) -> Tensor:
-        """Every rank's entries [B, M, D]."""
+    def read(self, count: int, selected_BSK: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Every rank's entries [B, M, D], and the selection as it is."""
         all_ND, self.own_ND = _Gather.apply(self.own_ND, self.made.counts, self.group), None
         empty_BMD = all_ND.new_zeros(self.rows, count, all_ND.shape[1])
-        return empty_BMD.index_put((self.made.row_N, self.made.slot_N), all_ND)
+        return empty_BMD.index_put((self.made.row_N, self.made.slot_N), all_ND), selected_BSK
 
 
 class _PartLayer:

@@ -162,7 +162,7 @@ def test_a_decoded_token_unpacks_the_entries_that_it_selected_and_no_others(mode
     logits = decoded()
     assert [count for kind, count in read if kind is EntryRecord and count > ODD.sliding_window] == [400 // 17]  # HCA's, of which none is selected
     assert read.count((EntryRecord, ODD.index_topk)) == 2  # of both CSA layers
-    assert {count for kind, count in read if kind is KeyRecord} == {400 // 4, 400 // 3}
+    assert not [count for kind, count in read if kind is KeyRecord]  # index keys go to their one reader as they lie
     monkeypatch.setattr(Stream, "lies_ready", True)  # as if all of them were there anyway
     torch.testing.assert_close(logits, decoded(), atol=1e-12, rtol=0)
     assert (EntryRecord, 400 // 4) in read
