@@ -241,13 +241,13 @@ def main() -> None:
         rates = {"products": 1e9 * matmul(ceilings, "bfloat16"), "memory": 1e9 * max(ceilings["read"], ceilings["copy"])}
         report = {"device": ceilings.get("device", "cpu"), "torch": torch.__version__, "rates": rates, "rows": []}
     print(f"{report['device']}: {report['rates']['products'] / 1e12:.3g} TFLOP/s, {report['rates']['memory'] / 1e12:.3g} TB/s")
-    for case in chosen:
+    for number, case in enumerate(chosen):
         if not wanted.predict:
             try:
                 report["rows"].append(measure(case, device, torch.bfloat16, rates))
-            except (RuntimeError, ValueError) as error:  # one that fails must not cost the others' figures
-                report["rows"].append({"operator": case.name, "error": str(error).splitlines()[0]})
-        row = report["rows"][chosen.index(case)]
+            except Exception as error:  # a kernel that does not compile or fit must not cost the others' figures
+                report["rows"].append({"operator": case.name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        row = report["rows"][number]
         if "error" in row:
             print(f"{row['operator']:<58} failed: {row['error']}", flush=True)
         else:

@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels.py"
 
@@ -21,6 +24,25 @@ def test_every_operator_is_measured(tmp_path):
     assert not [row for row in measured if "error" in row]
     assert all(row["ms"] > 0 and row["share"] > 0 for row in measured)
     assert {row["operator"] for row in measured} == {row["operator"] for row in rows(tmp_path, "--predict", "--shape", "small")}
+
+
+def test_an_operator_that_fails_costs_no_other_its_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARK.parent), *sys.path])
+    import kernels
+
+    class DoesNotFit(Exception):
+        """As Triton's own, which are no RuntimeErrors."""
+
+    def fails(new):
+        raise DoesNotFit("out of shared memory\nand more")
+
+    one, other = (case for case in kernels.cases(kernels.SHAPES["small"], torch.bfloat16) if case.name in ("norm", "rotation"))
+    monkeypatch.setattr(kernels, "cases", lambda shape, dtype: [replace(one, make=fails), other])
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu", "--out", str(tmp_path / "rows.json")])
+    kernels.main()
+    failed, measured = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert failed == {"operator": "norm", "error": "DoesNotFit: out of shared memory"} and measured["ms"] > 0
+    assert "failed: DoesNotFit: out of shared memory" in capsys.readouterr().out
 
 
 def test_what_is_predicted_is_work_over_the_rate(tmp_path):

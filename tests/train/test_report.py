@@ -67,6 +67,13 @@ def test_tensorboard_gets_what_the_file_gets_and_forgets_what_a_rollback_abandon
     assert json.loads((tmp_path / "events.jsonl").read_text())["losses"] == [[2, 2.0], [3, 1.0]]
 
 
+def test_a_step_on_an_accelerator_says_its_share_of_the_peak(tmp_path):
+    console = Console(record=True, width=120)
+    with Tracker(tmp_path, 1, 0, console) as tracker:
+        tracker.record(1, {"loss": 1.0, "tokens_per_second": 10.0, "mfu": 0.341})
+    assert "10 tokens/s  MFU 34%" in console.export_text()
+
+
 def test_overheads_are_shares_of_the_steps_time():
     lines = [{"seconds": 2.0, "data_seconds": 0.1}, {"seconds": 2.0, "data_seconds": 0.1}, {"checkpoint_seconds": 0.4}]
     assert overheads(lines) == {"data loading": pytest.approx(0.05), "checkpoints": pytest.approx(0.1), "validation": 0.0, "samples": 0.0}

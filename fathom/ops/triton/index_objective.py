@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops.attention import Entries, Window, attended_entries, entry_mass
-from fathom.ops.index_objective import index_objective
+from fathom.ops.index_objective import apply_objective, index_objective
 from fathom.ops.index_topk import index_scores
 from fathom.ops.losses import index_divergence
 from fathom.ops.triton.launch import NAME, runs
@@ -60,8 +60,4 @@ def _supports(index_q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, q_BSHD
 def index_objective_triton(index_q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, q_BSHD: Tensor, window: Window, entries: Entries,
                            sink_H: Tensor) -> Tensor:
     """`index_objective` for float32 and bfloat16."""
-    attention = (q_BSHD.detach(), window._replace(kv_BTD=window.kv_BTD.detach()), entries._replace(kv_BMD=entries.kv_BMD.detach()),
-                 sink_H.detach())
-    learned = index_q_BSHD, weight_BSH, keys_BMD
-    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
-    return _IndexObjective.apply(*learned, attention, wants_grad)
+    return apply_objective(_IndexObjective, index_q_BSHD, weight_BSH, keys_BMD, q_BSHD, window, entries, sink_H)
