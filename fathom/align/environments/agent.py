@@ -76,8 +76,15 @@ class AgentEnvironment(Environment):
         return self._done(task, effort, task.facts["plan"], task.facts["goal"]["answer"] or "Done.")
 
     def careless(self, task: Task, effort: str) -> list[dict]:
-        """All calls but the last, and no answer but that it is done."""
-        return self._done(task, effort, task.facts["plan"][:-1], "Done.")
+        """All calls but the last, and no answer but that it is done. An only call is made: a text has its last word left out then."""
+        plan = task.facts["plan"]
+        thought, tool, arguments = plan[-1]
+        words = arguments.get("text", "").split()
+        if len(plan) == 1 and len(words) != 1:
+            plan = [[thought, tool, arguments | {"text": " ".join(words[:-1])} if words else arguments]]
+        else:
+            plan = plan[:-1]
+        return self._done(task, effort, plan, "Done.")
 
     def _done(self, task: Task, effort: str, plan: Plan, answer: str) -> list[dict]:
         """The turns of a plan, and an answer."""
