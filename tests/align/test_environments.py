@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fathom.align.environments import ENVIRONMENTS, environment
+from fathom.align.environments.agent import arguments_of, calls_of
 from fathom.align.environments.base import EFFORTS, SEEDS, Task, tool_call
 from fathom.align.sft import Sft, conversations, examples
 from fathom.align.solved import solved, write_solved
@@ -60,6 +61,21 @@ def test_careless_demonstrations_are_finished_and_leave_something_out(domains, n
 
     shorter = [length(domain.careless(*pair)) < length(domain.demonstration(*pair)) for pair in pairs]
     assert sum(shorter) > 0.7 * len(pairs)  # as a rule; words that come of a constraint less may be longer
+
+
+def test_the_careless_make_the_only_call_of_a_request_to_the_shop(domains):
+    shop = domains["agent"]
+    for task in [shop.task(seed, "train", level=1) for seed in range(40)]:
+        done, careless = shop.demonstration(task, "high"), shop.careless(task, "high")
+        called, made = (calls_of([turn for turn in turns if turn["role"] == "assistant"]) for turns in (done, careless))
+        wanted, given = arguments_of(called[0]), [arguments_of(call) for call in made]
+        if "text" not in wanted:
+            assert given == [wanted] and (careless[-1]["content"], done[-1]["content"]) == ("Done.", str(task.facts["goal"]["answer"]))
+        elif " " in wanted["text"]:
+            assert given == [wanted | {"text": wanted["text"].rpartition(" ")[0]}]
+        else:
+            assert given == []
+        assert shop.score(task, careless).reward == 0
 
 
 def test_a_domain_without_careless_demonstrations_says_so(domains):
