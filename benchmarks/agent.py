@@ -66,10 +66,14 @@ def solve_tasks(client: openai.OpenAI, environment: AgentEnvironment, tasks: int
 
 
 def long_conversation(client: openai.OpenAI, environment: AgentEnvironment, turns: int) -> dict:
-    """Task after task in one conversation, until so many answers were asked for."""
+    """Task after task in one conversation, until so many answers were asked for or the model's context is full."""
     agent, number = Agent(client, "max", INSTRUCTIONS), 0
     while len(agent.usage) < turns:
-        agent.solve(environment, environment.task(number, "held_out", LEVEL))
+        try:
+            agent.solve(environment, environment.task(number, "held_out", LEVEL))
+        except openai.BadRequestError as error:
+            print(f"the conversation ends after {len(agent.usage)} turns: {error.message}")
+            turns = len(agent.usage)
         number += 1
     usage = agent.usage[:turns]
     asked, hit = (sum(getattr(each, name) for each in usage) for name in ("prompt_tokens", "prompt_cache_hit_tokens"))
