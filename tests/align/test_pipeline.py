@@ -110,7 +110,7 @@ def test_the_recipes_in_the_tree_fit_every_stage():
     assert "judging,judged-math" in judge.arguments and "flash/judge" not in names
     assert not any(name.startswith("flash/grpo") for name in names) and {f"score/{name}" for name in names if not name.startswith(("score", "budgets", "claim"))} < {*names}
     claim = next(stage for stage in found if stage.name == "claim/pro/sft-code")
-    assert claim.arguments[3] == "code" and claim.arguments[5] == "400" and claim.arguments[7] == "high" and "claim/pro/distilled" in names
+    assert claim.arguments[3] == "code" and claim.arguments[5] == str(recipe.claim_tasks) and claim.arguments[7] == "high" and "claim/pro/distilled" in names
     assert not {"claim/pro/base", "claim/flash/distilled", "claim/pro/judge"} & {*names}
     modes = {name: next(stage for stage in found if stage.name == f"score/{name}").arguments[7] for name in ("pro/distilled", "pro/mixed", "pro/sft-code", "flash/distilled")}
     assert modes == {"pro/distilled": "chat,max", "pro/mixed": "chat", "pro/sft-code": "chat,high", "flash/distilled": "chat,high,max"}  # high is the claim's
