@@ -93,6 +93,13 @@ def test_train_measures_whole_steps_with_mtp(model, tmp_path):
     assert row["mtp"] == 0.3 and len(row["seconds"]) == 2 and row["share_of_matmul"] > 0 and row["extra_bytes"] > 0
 
 
+def test_bfloat16_is_measured_in_bfloat16(model):
+    ours = Fathom(Plan(str(model), "bfloat16").prefill("64")[0])
+    tensors = {name: tensor.dtype for name, tensor in ours.model.named_parameters()}
+    assert tensors["head.weight"] is tensors["blocks.0.moe.experts.gate"] is torch.bfloat16
+    assert tensors["blocks.0.attention.sink"] is tensors["blocks.0.attention_streams.fn"] is torch.float32
+
+
 def test_train_in_mixed_precision_with_the_peers_optimiser(model, tmp_path):
     out = tmp_path / "train.json"
     result = fathom("bench", "train", "--model", model, "--tokens", "64", "--repeats", "1", "--dtype", "bfloat16", "--optimizer", "adamw", "--out", out)

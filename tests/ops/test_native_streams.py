@@ -104,3 +104,19 @@ def test_what_the_kernels_do_not_take_is_left_to_others():
         for operator, inputs in ((ops.streams_in, collapse_inputs), (ops.streams_out, mixing_inputs)):
             assert operator.choose(*[x.to(dtype).requires_grad_() for x in inputs(1, 5, 4, 8)])[0] != "native"
     assert ops.open_streams.choose(X[:, :0], *parameters, *CONSTANTS)[0] != "native"
+
+
+@pytest.mark.parametrize("tokens", [65, 256, 257, 700])
+def test_many_bfloat16_tokens_open_as_their_float32_numbers_do(tokens):
+    X, *parameters = coefficient_inputs(2, tokens // 2, 4, 48)
+    X = X.bfloat16()
+    with torch.no_grad(), ops.using("native"):
+        assert ops.open_streams.choose(X, *parameters, *CONSTANTS)[0] == "native"
+        out, *coefficients = ops.open_streams(X, *parameters, *CONSTANTS)
+    with torch.no_grad(), ops.using("definition"):
+        exact = ops.open_streams(X.double(), *(each.double() for each in parameters), *CONSTANTS)
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.double(), exact[0], rtol=2**-7, atol=1e-4)
+    for found, expected in zip(coefficients, exact[1:], strict=True):
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fathom.checkpoint.layouts import FLOAT32
-from fathom.checkpoint.names import places
+from fathom.checkpoint.names import released_name
 from fathom.data.packing import Batch
 from fathom.devices import use_device
 from fathom.engine.engine import dtype_of
@@ -67,9 +67,9 @@ class Fathom:
 
 def cast(model: Transformer, dtype: torch.dtype) -> Transformer:
     """Weights in `dtype`, except those that stay float32 in every layout."""
-    for name, place in places(model).items():
-        if place.tensor.is_floating_point() and not FLOAT32.search(name):
-            place.tensor.data = place.tensor.data.to(dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not FLOAT32.search(released_name(name)):
+            tensor.data = tensor.data.to(dtype)
     return model
 
 

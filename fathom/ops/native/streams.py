@@ -12,6 +12,7 @@ from fathom.ops.native.library import library, ready, runs, threads, trains
 from fathom.ops.streams import open_streams, stream_coefficients, streams_in, streams_out
 
 _TOKENS = 64  # whose coefficients are made here: for more, a product for all of them is faster
+_GROUP = 256  # bfloat16 tokens that are widened together
 _KEPT = 1 << 12  # numbers of the Sinkhorn steps of a token that fit a thread's stack, sixteen tokens at a time
 
 
@@ -59,7 +60,7 @@ def _opens(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations
     if _few(X_BSNW, fn, base, scale_3):
         return True
     small = iterations >= 1 and iterations * X_BSNW.shape[2]**2 <= _KEPT and eps > 0
-    return small and _fits(X_BSNW, fn) and (trains(X_BSNW, fn, base, scale_3) or X_BSNW.dtype is torch.float32 and runs(X_BSNW, fn, base, scale_3))
+    return small and _fits(X_BSNW, fn) and (trains(X_BSNW, fn, base, scale_3) or runs(X_BSNW, fn, base, scale_3))
 
 
 @open_streams.register("native", supports=_opens)
@@ -68,10 +69,13 @@ def open_streams_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tenso
     """`open_streams`: of few tokens without gradients in one call of C, else between products of oneDNN."""
     if torch.is_grad_enabled():
         return _OpenStreams.apply(X_BSNW, fn, base, scale_3, iterations, eps, norm_eps)
-    if not _few(X_BSNW, fn, base, scale_3):
-        return _opened(X_BSNW.contiguous(), ready(fn), ready(base), ready(scale_3), iterations, eps, norm_eps)[:4]
     (B, S, N, W), x = X_BSNW.shape, X_BSNW.contiguous()
     fn, base, scale_3 = ready(fn), ready(base), ready(scale_3)
+    if not _few(X_BSNW, fn, base, scale_3):
+        groups = [x] if x.dtype is torch.float32 else x.view(1, B * S, N, W).split(_GROUP, 1)
+        opened = [_opened(group.float(), fn, base, scale_3, iterations, eps, norm_eps)[:4] for group in groups]
+        out_TW, *coefficients = opened[0] if len(opened) == 1 else (torch.cat(parts, 1) for parts in zip(*opened, strict=True))
+        return out_TW.to(x.dtype).view(B, S, W), *(each.view(B, S, *each.shape[2:]) for each in coefficients)
     out_BSW, pre_BSN, post_BSN, res_BSNN = x.new_empty(B, S, W), torch.empty(B, S, N), torch.empty(B, S, N), torch.empty(B, S, N, N)
     library().fathom_open_streams(
         x.data_ptr(), x.dtype is torch.bfloat16, fn.data_ptr(), base.data_ptr(), scale_3.data_ptr(), B * S, N, W, iterations, eps, norm_eps,
