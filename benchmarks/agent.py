@@ -72,6 +72,8 @@ def long_conversation(client: openai.OpenAI, environment: AgentEnvironment, turn
         try:
             agent.solve(environment, environment.task(number, "held_out", LEVEL))
         except openai.BadRequestError as error:
+            if "maximum context length" not in error.message:
+                raise
             print(f"the conversation ends after {len(agent.usage)} turns: {error.message}")
             turns = len(agent.usage)
         number += 1

@@ -106,9 +106,9 @@ def test_what_the_kernels_do_not_take_is_left_to_others():
     assert ops.open_streams.choose(X[:, :0], *parameters, *CONSTANTS)[0] != "native"
 
 
-@pytest.mark.parametrize("tokens", [65, 256, 257, 700])
-def test_many_bfloat16_tokens_open_as_their_float32_numbers_do(tokens):
-    X, *parameters = coefficient_inputs(2, tokens // 2, 4, 48)
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 65), (2, 128), (1, 257), (2, 350)])
+def test_many_bfloat16_tokens_open_as_the_definition_says(rows, tokens):
+    X, *parameters = coefficient_inputs(rows, tokens, 4, 48)
     X = X.bfloat16()
     with torch.no_grad(), ops.using("native"):
         assert ops.open_streams.choose(X, *parameters, *CONSTANTS)[0] == "native"

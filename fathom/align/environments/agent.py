@@ -76,15 +76,14 @@ class AgentEnvironment(Environment):
         return self._done(task, effort, task.facts["plan"], task.facts["goal"]["answer"] or "Done.")
 
     def careless(self, task: Task, effort: str) -> list[dict]:
-        """All calls but the last, and no answer but that it is done. An only call is made: a text has its last word left out then."""
-        plan = task.facts["plan"]
-        thought, tool, arguments = plan[-1]
-        words = arguments.get("text", "").split()
-        if len(plan) == 1 and len(words) != 1:
-            plan = [[thought, tool, arguments | {"text": " ".join(words[:-1])} if words else arguments]]
-        else:
-            plan = plan[:-1]
-        return self._done(task, effort, plan, "Done.")
+        """All calls but the last, and no answer but that it is done. A call that is the only one is made, but for the last word of its text."""
+        *calls, (thought, tool, arguments) = task.facts["plan"]
+        *words, last = arguments.get("text", "").split() or [None]
+        if not calls and last is None:
+            calls = [[thought, tool, arguments]]
+        elif not calls and words:
+            calls = [[thought, tool, arguments | {"text": " ".join(words)}]]
+        return self._done(task, effort, calls, "Done.")
 
     def _done(self, task: Task, effort: str, plan: Plan, answer: str) -> list[dict]:
         """The turns of a plan, and an answer."""
