@@ -30,6 +30,19 @@ class Entries(NamedTuple):
     count_BS: Tensor
     selected_BSK: Tensor | None
 
+    def part(self, queries: slice, slots: slice) -> "Entries":
+        """Of these queries, and these entries [B, m, D], which count from 0."""
+        first, count, selected = self.first_BS[:, queries], self.count_BS[:, queries], None if self.selected_BSK is None else self.selected_BSK[:, queries]
+        if slots.start:
+            first, selected = first - slots.start, None if selected is None else (selected - slots.start).clamp(min=-1)
+        return Entries(self.kv_BMD[:, slots], first, count, selected)
+
+
+def window_keys(window: Window) -> Tensor:
+    """Mask [B, S, T] of the window's keys that each query sees."""
+    distance_BST = window.query_place_BS[:, :, None] - window.key_place_BT[:, None, :]
+    return (distance_BST >= 0) & (distance_BST <= window.reach_BS[:, :, None])
+
 
 def visible_entries(first_BS: Tensor, count_BS: Tensor, entries: int) -> Tensor:
     """Mask [B, S, M] of the entries that each query may read: its own document's complete blocks."""
@@ -63,9 +76,35 @@ def entry_mass(q_BSHD: Tensor, window: Window, entries: Entries, sink_H: Tensor)
     return probability_BHSJ[..., window.kv_BTD.shape[1]:].sum(1)
 
 
+@op
+def column_probabilities(score_BCHJ: Tensor, window: Window, entries: Entries | None, sink_H: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Each row's softmax [B, C, H, J] of `scale` times its products with keys, which are given up, in `dtype`.
+
+    Columns: the window's T keys, M entries, any number that no query sees, and the sink. Entries without keys are the selected ones, each
+    query's own K.
+    """
+    seen_BCJ = window_keys(window)
+    if entries is not None:
+        seen_BCJ = torch.cat([seen_BCJ, entries.selected_BSK >= 0 if entries.kv_BMD is None else attended_entries(entries)], 2)
+    score_BCHJ = wide(score_BCHJ)
+    bias_BCJ = score_BCHJ.new_full((*seen_BCJ.shape[:2], score_BCHJ.shape[3]), float("-inf"))
+    bias_BCJ[..., :seen_BCJ.shape[2]].masked_fill_(seen_BCJ, 0)
+    torch.add(bias_BCJ[:, :, None], score_BCHJ, alpha=scale, out=score_BCHJ)
+    score_BCHJ[..., -1] = sink_H
+    return torch.softmax(score_BCHJ, -1, out=score_BCHJ).to(dtype)
+
+
+@op
+def column_gradients(grad_BRJ: Tensor, probability_BRJ: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """From the gradients of `column_probabilities`, which are given up: those of the products [B, R, J], and of the sink in each row [B, R] in float32."""
+    score_grad_BRJ = wide(grad_BRJ).mul_(probability_BRJ)
+    score_grad_BRJ.addcmul_(probability_BRJ, score_grad_BRJ.sum(-1, keepdim=True), value=-1)
+    sink_BR = score_grad_BRJ[..., -1].clone()
+    return score_grad_BRJ.mul_(scale).to(grad_BRJ.dtype), sink_BR
+
+
 def _probabilities(q_BSHD: Tensor, keys_BJD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> Tensor:
-    distance_BST = window.query_place_BS[:, :, None] - window.key_place_BT[:, None, :]
-    seen_BSJ = (distance_BST >= 0) & (distance_BST <= window.reach_BS[:, :, None])
+    seen_BSJ = window_keys(window)
     if entries is not None:
         seen_BSJ = torch.cat([seen_BSJ, attended_entries(entries)], 2)
     B, S, H, D = q_BSHD.shape

@@ -5,6 +5,7 @@ decoded tokens are the same call.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.ops.dispatch import composed, op
@@ -15,7 +16,7 @@ from fathom.ops.precision import wide
 @composed
 def compressor_inputs(x_BSW: Tensor, value: Layer, gate: Layer, bias_RC: Tensor, position_BS: Tensor) -> Tensor:
     """What pooling reads of each token [B, S, 2 C] in float32: its value, and its score with the bias of its place in the block of R."""
-    score_BSC = gate(x_BSW) + wide(bias_RC)[position_BS % len(bias_RC)]
+    score_BSC = gate(x_BSW) + F.embedding(position_BS % len(bias_RC), wide(bias_RC))
     return torch.cat([value(x_BSW), score_BSC], -1)
 
 

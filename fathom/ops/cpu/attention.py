@@ -2,7 +2,7 @@
 
 Heads share their keys, so they become rows of one product per block: C queries have R = C H rows. A block's J columns are window keys, then
 entries, then zeros, the last of which stands for the sink; their number is rounded up, so that few shapes occur. The backward
-pass computes the probabilities anew. float32, and bfloat16 where no gradient is asked for; anything else is left to the definition.
+pass computes the probabilities anew. float32 and bfloat16; anything else is left to the definition.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fathom.ops.attention import Entries, Window, attended_entries, attention, entry_mass
+from fathom.ops.attention import Entries, Window, attention, column_gradients, column_probabilities, entry_mass
 from fathom.ops.cpu.products import batch_times
 
 _MIN_QUERIES = 16  # fewer: the definition's few calls are cheaper (decoding one token: 0.14 ms against 0.21 ms)
@@ -20,7 +20,9 @@ _MIN_BLOCK = 32
 _COLUMNS = 64
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
+    """Queries that are attended together, and what any of them may see; columns of scores are the window's places, the slots, zeros, the sink."""
+
     queries: slice
     places: slice  # of window keys
     slots: slice  # of entries
@@ -35,62 +37,52 @@ class _Block(NamedTuple):
             keys_BJD[:, near:near + self.slots.stop - self.slots.start] = kv_BMD[:, self.slots]
         return keys_BJD
 
+    def window(self, window: Window) -> Window:
+        """The part of a window that it reads."""
+        return Window(window.kv_BTD[:, self.places], window.key_place_BT[:, self.places], window.query_place_BS[:, self.queries],
+                      window.reach_BS[:, self.queries])
 
-def _blocks(window: Window, entries: Entries | None) -> Iterator[tuple[_Block, Tensor]]:
-    """Each block with 0 or -inf [B, C, J] for each key that is seen or not.
+
+def blocks(window: Window, entries: Entries | None) -> Iterator[Block]:
+    """Blocks of queries, from the first to the last.
 
     Half a window of queries wastes a third of the window's products; at windows of 64 and 128, smaller blocks were
-    slower for their calls and larger ones for their waste. A block's slices hold what any row of the batch may see.
+    slower for their calls and larger ones for their waste.
     """
     last_BS, key_BT = window.query_place_BS.int(), window.key_place_BT.int()
     first_BS = last_BS - window.reach_BS.int()
     size = max(_MIN_BLOCK, (int(window.reach_BS.max()) + 1) // 2)
     for start in range(0, last_BS.shape[1], size):
         queries = slice(start, start + size)
-        first_BC, last_BC = first_BS[:, queries], last_BS[:, queries]
-        near_BT = (key_BT >= first_BC.amin(1, keepdim=True)) & (key_BT <= last_BC.amax(1, keepdim=True))
+        near_BT = (key_BT >= first_BS[:, queries].amin(1, keepdim=True)) & (key_BT <= last_BS[:, queries].amax(1, keepdim=True))
         near_N = near_BT.any(0).nonzero()
         places = slice(int(near_N[0]), int(near_N[-1]) + 1) if len(near_N) else slice(0, 0)
-        key_B1J = key_BT[:, None, places]
-        seen_BCJ = (key_B1J >= first_BC[..., None]) & (key_B1J <= last_BC[..., None])
         slots = slice(0, 0)
         if entries is not None:
-            first_BC, count_BC = entries.first_BS[:, queries], entries.count_BS[:, queries]
-            slots = slice(int(first_BC.min()), int((first_BC + count_BC).max()))
-            selected_BCK = None if entries.selected_BSK is None else entries.selected_BSK[:, queries] - slots.start
-            visible = Entries(entries.kv_BMD[:, slots], first_BC - slots.start, count_BC, selected_BCK)
-            seen_BCJ = torch.cat([seen_BCJ, attended_entries(visible)], 2)
-        columns = -(-(seen_BCJ.shape[2] + 1) // _COLUMNS) * _COLUMNS
-        bias_BCJ = torch.full((*seen_BCJ.shape[:2], columns), float("-inf"))
-        bias_BCJ[..., :seen_BCJ.shape[2]].masked_fill_(seen_BCJ, 0)
-        yield _Block(queries, places, slots, columns), bias_BCJ
+            first_BC = entries.first_BS[:, queries]
+            slots = slice(int(first_BC.min()), int((first_BC + entries.count_BS[:, queries]).max()))
+        columns = places.stop - places.start + slots.stop - slots.start + 1
+        yield Block(queries, places, slots, -(-columns // _COLUMNS) * _COLUMNS)
 
 
-def window_blocks(window: Window) -> Iterator[tuple[_Block, Tensor]]:
-    """Blocks of queries with 0 or -inf [B, C, J] for each of their window keys alone."""
-    return _blocks(window, None)
-
-
-def probabilities(q_BSHD: Tensor, window: Window, entries: Entries | None,
-                  sink_H: Tensor) -> Iterator[tuple[_Block, Tensor, Tensor, Tensor]]:
-    """Each block with 0 or -inf [B, C, J], its keys [B, J, D] and the softmax [B, R, J] of its scores, in float32."""
-    for block, bias_BCJ in _blocks(window, entries):
+def probabilities(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor,
+                  dtype: torch.dtype = torch.float32) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    """Each block with its keys [B, J, D] and the softmax [B, R, J] of its scores."""
+    for block in blocks(window, entries):
         q_BCHD = q_BSHD[:, block.queries]
         keys_BJD = block.keys(window.kv_BTD, None if entries is None else entries.kv_BMD)
-        score_BCHJ = batch_times(q_BCHD.flatten(1, 2), keys_BJD).float().unflatten(1, q_BCHD.shape[1:3])
-        torch.add(bias_BCJ[:, :, None], score_BCHJ, alpha=q_BCHD.shape[3]**-0.5, out=score_BCHJ)
-        score_BCHJ[..., -1] = sink_H
-        yield block, bias_BCJ, keys_BJD, torch.softmax(score_BCHJ, -1, out=score_BCHJ).flatten(1, 2)
+        score_BCHJ = batch_times(q_BCHD.flatten(1, 2), keys_BJD).unflatten(1, q_BCHD.shape[1:3])
+        far = None if entries is None else entries.part(block.queries, block.slots)
+        yield block, keys_BJD, column_probabilities(score_BCHJ, block.window(window), far, sink_H, q_BCHD.shape[3]**-0.5, dtype).flatten(1, 2)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BSHD: Tensor, kv_BTD: Tensor, kv_BMD: Tensor | None, sink_H: Tensor, window: Window,
                 entries: Entries | None) -> Tensor:
-        out_BSHD = torch.empty_like(q_BSHD)
-        for block, _, keys_BJD, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
-            out_BRD = batch_times(probability_BRJ.to(keys_BJD.dtype), keys_BJD.mT)
-            out_BSHD[:, block.queries] = out_BRD.unflatten(1, (-1, len(sink_H)))
+        out_BSHD = torch.empty(q_BSHD.shape, dtype=q_BSHD.dtype)
+        for block, keys_BJD, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H, q_BSHD.dtype):
+            batch_times(probability_BRJ, keys_BJD.mT, out_BSHD[:, block.queries].flatten(1, 2))
         ctx.save_for_backward(q_BSHD, kv_BTD, kv_BMD, sink_H)
         # Only integers besides, without which the tensors above would be kept alive by the graph.
         ctx.window, ctx.entries = window._replace(kv_BTD=None), None if entries is None else entries._replace(kv_BMD=None)
@@ -102,15 +94,14 @@ class _Attention(torch.autograd.Function):
         q_BSHD, kv_BTD, kv_BMD, sink_H = ctx.saved_tensors
         window, entries = ctx.window._replace(kv_BTD=kv_BTD), ctx.entries and ctx.entries._replace(kv_BMD=kv_BMD)
         H, D = q_BSHD.shape[2:]
-        q_grad_BSHD, kv_grad_BTD, sink_grad_H = torch.empty_like(q_BSHD), torch.zeros_like(kv_BTD, dtype=torch.float32), torch.zeros(H)
+        q_grad_BSHD, kv_grad_BTD, sink_grad_H = torch.empty(q_BSHD.shape, dtype=q_BSHD.dtype), torch.zeros_like(kv_BTD, dtype=torch.float32), torch.zeros(H)
         kv_grad_BMD = None if kv_BMD is None else torch.zeros_like(kv_BMD, dtype=torch.float32)
-        for block, _, keys_BJD, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
+        for block, keys_BJD, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
             q_BRD, grad_BRD = (x[:, block.queries].flatten(1, 2) for x in (q_BSHD, grad_BSHD))
-            score_grad_BRJ = batch_times(grad_BRD, keys_BJD).float().mul_(probability_BRJ)
-            score_grad_BRJ.addcmul_(probability_BRJ, score_grad_BRJ.sum(-1, keepdim=True), value=-1)
-            sink_grad_H += score_grad_BRJ[..., -1].unflatten(1, (-1, H)).sum((0, 1))
-            score_grad_BRJ, probability_BRJ = score_grad_BRJ.mul_(D**-0.5).to(q_BSHD.dtype), probability_BRJ.to(q_BSHD.dtype)
-            q_grad_BSHD[:, block.queries] = batch_times(score_grad_BRJ, keys_BJD.mT).unflatten(1, (-1, H))
+            score_grad_BRJ, sink_grad_BR = column_gradients(batch_times(grad_BRD, keys_BJD), probability_BRJ, D**-0.5)
+            sink_grad_H += sink_grad_BR.unflatten(1, (-1, H)).sum((0, 1))
+            probability_BRJ = probability_BRJ.to(q_BSHD.dtype)
+            batch_times(score_grad_BRJ, keys_BJD.mT, q_grad_BSHD[:, block.queries].flatten(1, 2))
             keys_grad_BJD = batch_times(probability_BRJ.mT, grad_BRD.mT).add_(batch_times(score_grad_BRJ.mT, q_BRD.mT))
             window_grad = kv_grad_BTD[:, block.places]
             window_grad += keys_grad_BJD[:, :window_grad.shape[1]]
@@ -152,7 +143,7 @@ def attention_cpu(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_
 def entry_mass_cpu(q_BSHD: Tensor, window: Window, entries: Entries, sink_H: Tensor) -> Tensor:
     """`entry_mass` for enough queries, where no gradient is asked for."""
     mass_BSM = torch.zeros(*q_BSHD.shape[:2], entries.kv_BMD.shape[1])
-    for block, _, _, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
+    for block, _, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H):
         mass_BCM = mass_BSM[:, block.queries, block.slots]
         first = block.places.stop - block.places.start
         entries_BRM = probability_BRJ[..., first:first + mass_BCM.shape[2]]

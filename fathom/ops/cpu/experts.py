@@ -5,14 +5,12 @@ a zero matrix of all E experts for each expert that a token chose.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fathom.ops.cpu.products import rounded_rows, times
-from fathom.ops.experts import routed_experts
+from fathom.ops.cpu.products import rounded_rows, times, times_into
+from fathom.ops.experts import expert_hidden, expert_hidden_gradients, routed_experts, sum_rows
 from fathom.ops.linear import Matrix
-from fathom.ops.precision import wide
 from fathom.ops.rounding import EXACT, Rounding
 
 _FEW_PAIRS = 64
@@ -40,24 +38,25 @@ class _Groups:
     def times(self, x_PI: Tensor, matrix_EOI: Tensor) -> Tensor:
         """Each pair's row times its expert's transposed matrix [P, O]."""
         out_PO = x_PI.new_empty(len(x_PI), matrix_EOI.shape[1])
-        for expert, begin, end in self.present:
-            out_PO[begin:end] = times(x_PI[rounded_rows(x_PI, begin, end)], matrix_EOI[expert])[:end - begin]
+        for expert, begin, end in self.present:  # what is written behind an expert's pairs is the next one's to overwrite
+            rows = rounded_rows(x_PI, begin, end)
+            times_into(x_PI[rows], matrix_EOI[expert], out_PO[rows])
         return out_PO
 
     def outer(self, y_PO: Tensor, x_PI: Tensor) -> Tensor:
         """Sum of y x^T over each expert's pairs [E, O, I]."""
-        out_EOI = x_PI.new_zeros(self.experts, y_PO.shape[1], x_PI.shape[1])
+        out_EOI = x_PI.new_empty(self.experts, y_PO.shape[1], x_PI.shape[1])
+        for expert in set(range(self.experts)) - {expert for expert, _, _ in self.present}:
+            out_EOI[expert] = 0
         for expert, begin, end in self.present:
-            out_EOI[expert] = times(y_PO[begin:end].T, x_PI[begin:end].T)
+            times_into(y_PO[begin:end].T, x_PI[begin:end].T, out_EOI[expert])
         return out_EOI
 
     def sum_by_token(self, y_PW: Tensor) -> Tensor:
         """Sum of each token's pairs [N, W] in float32 or wider, always in the same order."""
         back_P = torch.empty_like(self.order_P).scatter_(
             0, self.order_P, torch.arange(len(self.order_P), device=self.order_P.device))
-        if y_PW.dtype == torch.float32 and len(y_PW) > _FEW_PAIRS:  # the same sums without a reordered copy
-            return F.embedding_bag(back_P.view(-1, self.chosen), y_PW, mode="sum")
-        return wide(y_PW.index_select(0, back_P)).unflatten(0, (-1, self.chosen)).sum(1)
+        return sum_rows(y_PW, back_P.view(-1, self.chosen))
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -66,12 +65,11 @@ class _RoutedExperts(torch.autograd.Function):
                 limit: float) -> Tensor:
         groups = _Groups(expert_NK, len(gate_EFW))
         x_PW = x_NW.index_select(0, groups.token_P)
-        gate_PF, up_PF = wide(groups.times(x_PW, gate_EFW)), wide(groups.times(x_PW, up_EFW))
+        gate_PF, up_PF = groups.times(x_PW, gate_EFW), groups.times(x_PW, up_EFW)
         ctx.save_for_backward(x_NW, weight_NK, gate_EFW, up_EFW, down_EWF, gate_PF, up_PF)
         ctx.groups, ctx.limit = groups, limit
-        hidden_PF = F.silu(gate_PF.clamp(max=limit), inplace=True).mul_(up_PF.clamp(-limit, limit))
-        hidden_PF.mul_(weight_NK.flatten()[groups.order_P, None])
-        return groups.sum_by_token(groups.times(hidden_PF.to(x_NW.dtype), down_EWF))
+        hidden_PF = expert_hidden(gate_PF, up_PF, weight_NK.flatten()[groups.order_P, None], limit, x_NW.dtype)
+        return groups.sum_by_token(groups.times(hidden_PF, down_EWF))
 
     @staticmethod
     @once_differentiable
@@ -79,20 +77,11 @@ class _RoutedExperts(torch.autograd.Function):
         x_NW, weight_NK, gate_EFW, up_EFW, down_EWF, gate_PF, up_PF = ctx.saved_tensors
         groups, limit = ctx.groups, ctx.limit
         weight_P1 = weight_NK.flatten()[groups.order_P, None]
-        bounded_PF, silu_PF = up_PF.clamp(-limit, limit), gate_PF.clamp(max=limit)
-        sigmoid_PF = silu_PF.sigmoid()
-        plain_PF = silu_PF.mul_(sigmoid_PF) * bounded_PF
         grad_PW = grad_NW.to(x_NW.dtype).index_select(0, groups.token_P)
-        hidden_grad_PF = wide(groups.times(grad_PW, down_EWF.mT))
-        weight_grad_P = (hidden_grad_PF * plain_PF).sum(-1)
-        down_grad_EWF = groups.outer(grad_PW, plain_PF.mul_(weight_P1).to(x_NW.dtype))
-        del grad_PW, plain_PF  # what is large goes as soon as it has served
-        hidden_grad_PF.mul_(weight_P1)
-        # d silu = sigmoid (1 + gate (1 - sigmoid)) = sigmoid + silu (1 - sigmoid); nothing passes a clamp that acts.
-        slope_PF = torch.rsub(sigmoid_PF, 1).mul_(silu_PF).add_(sigmoid_PF)
-        gate_grad_PF = slope_PF.mul_(bounded_PF).mul_(hidden_grad_PF).masked_fill_(gate_PF > limit, 0).to(x_NW.dtype)
-        up_grad_PF = silu_PF.mul_(hidden_grad_PF).masked_fill_(up_PF.abs() > limit, 0).to(x_NW.dtype)
-        del sigmoid_PF, bounded_PF, hidden_grad_PF
+        hidden_PF, gate_grad_PF, up_grad_PF, weight_grad_P = expert_hidden_gradients(
+            gate_PF, up_PF, weight_P1, groups.times(grad_PW, down_EWF.mT), limit)
+        down_grad_EWF = groups.outer(grad_PW, hidden_PF)
+        del grad_PW, hidden_PF  # what is large goes as soon as it has served
         x_grad_PW = groups.times(gate_grad_PF, gate_EFW.mT).add_(groups.times(up_grad_PF, up_EFW.mT))
         x_grad_NW = groups.sum_by_token(x_grad_PW).to(x_NW.dtype)
         del x_grad_PW
@@ -122,14 +111,14 @@ def routed_experts_cpu(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_
     groups = _Groups(expert_NK, len(gate_EFW))
     x_PW, weight_P1 = x_NW.index_select(0, groups.token_P), weight_NK.flatten()[groups.order_P, None]
     if len(x_PW) <= _FEW_PAIRS:
-        gate_PF, up_PF = (wide(torch.cat([times(x_PW[begin:end], matrix_EFW[expert]) for expert, begin, end in groups.present]))
+        gate_PF, up_PF = (torch.cat([times(x_PW[begin:end], matrix_EFW[expert]) for expert, begin, end in groups.present])
                           for matrix_EFW in (gate_EFW, up_EFW))
-        hidden_PF = F.silu(gate_PF.clamp_(max=limit), inplace=True).mul_(up_PF.clamp_(-limit, limit)).mul_(weight_P1).to(x_NW.dtype)
+        hidden_PF = expert_hidden(gate_PF, up_PF, weight_P1, limit, x_NW.dtype)
         return groups.sum_by_token(torch.cat([times(hidden_PF[begin:end], down_EWF[expert]) for expert, begin, end in groups.present]))
     out_PW = torch.empty_like(x_PW)
     for expert, begin, end in groups.present:  # an expert's activations stay in cache
         rows = rounded_rows(x_PW, begin, end)
-        gate_nF, up_nF = (wide(times(x_PW[rows], matrix_EFW[expert])) for matrix_EFW in (gate_EFW, up_EFW))
-        hidden_nF = F.silu(gate_nF.clamp_(max=limit), inplace=True).mul_(up_nF.clamp_(-limit, limit)).mul_(weight_P1[rows])
-        out_PW[begin:end] = times(hidden_nF.to(x_NW.dtype), down_EWF[expert])[:end - begin]
+        gate_nF, up_nF = (times(x_PW[rows], matrix_EFW[expert]) for matrix_EFW in (gate_EFW, up_EFW))
+        hidden_nF = expert_hidden(gate_nF, up_nF, weight_P1[rows], limit, x_NW.dtype)
+        times_into(hidden_nF, down_EWF[expert], out_PW[rows])
     return groups.sum_by_token(out_PW)

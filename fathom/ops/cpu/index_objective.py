@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fathom.ops.attention import Entries, Window
+from fathom.ops.attention import Entries, Window, attended_entries
 from fathom.ops.cpu.attention import probabilities, supports
 from fathom.ops.cpu.products import batch_times
 from fathom.ops.index_objective import apply_objective, index_objective
@@ -21,11 +21,11 @@ class _IndexObjective(torch.autograd.Function):
         weight_BSH = weight_BSH * (D * H) ** -0.5
         gradients = [torch.zeros_like(x) for x in (index_q_BSHD, weight_BSH, keys_BMD)] if wants_grad else []
         total, queries = torch.zeros(()), 0
-        for block, bias_BCJ, _, probability_BRJ in probabilities(*attention):
+        for block, _, probability_BRJ in probabilities(*attention):
             near, count = block.places.stop - block.places.start, block.slots.stop - block.slots.start
             if not count:
                 continue
-            hidden_BCM = bias_BCJ[..., near:near + count] != 0
+            hidden_BCM = ~attended_entries(attention[2].part(block.queries, block.slots))
             target_BCM = probability_BRJ[..., near:near + count].unflatten(1, (-1, attention[0].shape[2])).sum(2)
             mass_BC1 = target_BCM.sum(-1, keepdim=True)
             target_BCM.div_(mass_BC1.clamp_(min=torch.finfo(torch.float32).tiny))

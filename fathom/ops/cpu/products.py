@@ -2,8 +2,11 @@
 
 On an AMD processor MKL multiplies float32 with half of AVX-512's width: 220 GFLOP/s on 2 cores of Zen 5 where oneDNN reached 490, and 17 GB/s instead
 of 20-40 while a matrix is read for one row (docs/performance.md). oneDNN compiles a kernel for each new shape (0.4 ms), so callers whose
-number of rows keeps changing round it up.
+number of rows keeps changing round it up. Where MKL's width is all there is, it is preferred for results that go to a given place, which oneDNN's call
+would copy, and for products of two transposed views.
 """
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,18 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 _BIG_MATRIX, _BIG_PRODUCT = 1 << 16, 1 << 21  # numbers in the matrix, multiplications: below both, starting oneDNN costs more than it gains
 _BIG_ROW = 1 << 23  # multiplications for one row of a batch: below it, one call for all rows is faster
 _ROUND = 16  # rows
+
+
+def _wider_than_mkl() -> bool:
+    """Whether this is a processor whose vectors are twice as wide as MKL uses there: AMD's from Zen 5 (family 26) on."""
+    try:
+        words = [line.split() for line in Path("/proc/cpuinfo").read_text().splitlines()[:4]]
+    except OSError:
+        return False
+    return ["vendor_id", ":", "AuthenticAMD"] in words and any(word[:2] == ["cpu", "family"] and int(word[-1]) >= 26 for word in words)
+
+
+_WIDER_THAN_MKL = _wider_than_mkl()
 
 
 def times(x_NI: Tensor, matrix_OI: Tensor) -> Tensor:
@@ -36,17 +51,38 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _suits_onednn(x_NI: Tensor, matrix_OI: Tensor) -> bool:
+    if not _WIDER_THAN_MKL and x_NI.dim() == 2 and _transposed(x_NI) and _transposed(matrix_OI):
+        return False
     big = matrix_OI.numel() >= _BIG_MATRIX or x_NI.numel() * len(matrix_OI) >= _BIG_PRODUCT
     return big and x_NI.dtype == torch.float32 == matrix_OI.dtype and _ONEDNN is not None and x_NI.numel() > 0
 
 
+def _transposed(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.mT.is_contiguous()
+
+
+def times_into(x_NI: Tensor, matrix_OI: Tensor, out_NO: Tensor) -> None:
+    """`times` of two matrices, written to `out` [N, O]."""
+    if _WIDER_THAN_MKL and _suits_onednn(x_NI, matrix_OI):
+        out_NO.copy_(times(x_NI, matrix_OI))
+    else:
+        torch.mm(x_NI, matrix_OI.T, out=out_NO)
+
+
 def rounded_rows(x_PI: Tensor, begin: int, end: int) -> slice:
-    """Rows begin ... end of x [P, I] and some of those behind them, up to a round number, so that products have few shapes."""
+    """Rows begin ... end of x [P, I] and, where oneDNN multiplies, some of those behind them, up to a round number, so that products have few shapes."""
+    if x_PI.dtype == torch.float32 and not _WIDER_THAN_MKL:
+        return slice(begin, end)
     return slice(begin, min(len(x_PI), begin + -(-(end - begin) // _ROUND) * _ROUND))
 
 
-def batch_times(x_BNI: Tensor, y_BOI: Tensor) -> Tensor:
-    """x times the transposed y, row of the batch by row [B, N, O], without gradients."""
+def batch_times(x_BNI: Tensor, y_BOI: Tensor, out_BNO: Tensor | None = None) -> Tensor:
+    """x times the transposed y, row of the batch by row [B, N, O], without gradients; in `out` if given."""
+    if out_BNO is not None:
+        if len(x_BNI) > 1:
+            return out_BNO.copy_(batch_times(x_BNI, y_BOI))
+        times_into(x_BNI[0], y_BOI[0], out_BNO[0])
+        return out_BNO
     if len(x_BNI) == 1 or x_BNI[0].numel() * y_BOI.shape[1] >= _BIG_ROW:
         products = [times(x_NI, y_OI) for x_NI, y_OI in zip(x_BNI, y_BOI, strict=True)]
         return products[0][None] if len(products) == 1 else torch.stack(products)

@@ -1,11 +1,12 @@
-"""Attention for a few queries (report 2.3.1 - 2.3.3, eq. 27): the keys that a query sees are read where they lie, and no others."""
+"""Attention (report 2.3.1 - 2.3.3, eq. 27): for a few queries whole, reading the keys that they see where they lie; for many, the softmax between products."""
 
 import torch
 from torch import Tensor
 
-from fathom.ops.attention import Entries, Window, attention
+from fathom.ops.attention import Entries, Window, attention, column_gradients, column_probabilities
 from fathom.ops.native.library import library, ready, runs, threads
 
+_ANY = (1 << 63) - 1
 _ROW, _QUERIES = 15, 128  # of a row, and of all: with more, blocks of queries share what they read
 
 
@@ -35,3 +36,35 @@ def attention_native(q_BSHD: Tensor, window: Window, entries: Entries | None, si
         *(None if x is None else x.data_ptr() for x in (*places, *visible)), sink.data_ptr(), B, S, H, D, T, K, entry_row, max(1, most),
         out_BSHD.data_ptr(), threads(B * S * H * D * most))
     return out_BSHD.to(q_BSHD.dtype)
+
+
+@column_probabilities.register("native", supports=lambda score_BCHJ, window, entries, sink_H, scale, dtype: (
+    runs(score_BCHJ, sink_H) and score_BCHJ.numel() > 0 and dtype in (score_BCHJ.dtype, torch.float32)))
+def column_probabilities_native(score_BCHJ: Tensor, window: Window, entries: Entries | None, sink_H: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`column_probabilities` in one pass; in the place of the scores if it can be."""
+    score, sink, places = score_BCHJ.contiguous(), ready(sink_H), [x.contiguous() for x in (window.query_place_BS, window.reach_BS, window.key_place_BT)]
+    out_BCHJ = score if score.dtype is dtype else torch.empty_like(score, dtype=dtype)
+    range_of, selected, K, own, far = [None, None], None, 0, False, 0
+    if entries is not None:
+        own = entries.kv_BMD is None
+        if entries.selected_BSK is None:
+            range_of = [entries.first_BS.contiguous(), entries.count_BS.contiguous()]
+        else:
+            selected, K = entries.selected_BSK.contiguous(), entries.selected_BSK.shape[2]
+        far = _ANY if own else entries.kv_BMD.shape[1]
+    library().fathom_column_probabilities(
+        score.data_ptr(), score.dtype is torch.bfloat16, sink.data_ptr(), *score.shape, scale, *(x.data_ptr() for x in places), window.key_place_BT.shape[1],
+        *(None if x is None else x.data_ptr() for x in (*range_of, selected)), K, own, far, out_BCHJ.data_ptr(), dtype is torch.bfloat16,
+        threads(score.numel()))
+    return out_BCHJ
+
+
+@column_gradients.register("native", supports=lambda grad_BRJ, probability_BRJ, scale: (
+    runs(grad_BRJ, probability_BRJ) and grad_BRJ.numel() > 0 and probability_BRJ.dtype is torch.float32))
+def column_gradients_native(grad_BRJ: Tensor, probability_BRJ: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`column_gradients` in one pass, in the place of the gradients."""
+    grad, probability, (B, R, J) = grad_BRJ.contiguous(), probability_BRJ.contiguous(), grad_BRJ.shape
+    last_BR = torch.empty(B, R)
+    library().fathom_column_gradients(grad.data_ptr(), grad.dtype is torch.bfloat16, probability.data_ptr(), B * R, J, scale, grad.data_ptr(),
+                                      last_BR.data_ptr(), threads(grad.numel()))
+    return grad, last_BR

@@ -1,14 +1,16 @@
-"""Routed experts for a few pairs of token and expert, plain or packed: an expert's three matrices are read once for all its tokens."""
+"""Experts: of a few pairs of token and expert whole, plain or packed, an expert's three matrices being read once; of many, what lies between products."""
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fathom.ops.experts import routed_experts, swiglu_expert
+from fathom.ops.experts import expert_hidden, expert_hidden_gradients, routed_experts, sum_rows, swiglu_expert
 from fathom.ops.linear import Layer, Matrix
-from fathom.ops.native.library import ROUNDS, kind_of, known, library, places, plain, projects, reads, ready, runs, threads, used
+from fathom.ops.native.library import ROUNDS, kind_of, known, library, places, plain, projects, reads, ready, runs, threads, trains, used
 from fathom.ops.native.linear import most_rows
 from fathom.ops.rounding import EXACT, Rounding
 
+_FLOATS = (torch.float32, torch.bfloat16)
 _PAIRS, _SHARE = 512, 16  # pairs, and pairs for each expert there is: above either, products of many rows are faster
 
 
@@ -56,3 +58,68 @@ def swiglu_expert_native(x: Tensor, gate: Layer, up: Layer, down: Layer, limit: 
     library().fathom_swiglu_expert(x.data_ptr(), x.dtype is torch.bfloat16, *used(gates), *used(ups), *used(downs), x.numel() // W, W, F, limit,
                                    out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def _between(*tensors: Tensor) -> bool:
+    """Whether kernels take these [..., F], all of one kind; gaps cost a copy."""
+    return runs(*tensors) and tensors[0].numel() > 0 and all(x.shape == tensors[0].shape and x.dtype is tensors[0].dtype for x in tensors)
+
+
+def _hides(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float, dtype: torch.dtype) -> bool:
+    if torch.is_grad_enabled():
+        return weight is None and gate.numel() > 0 and gate.shape == up.shape and dtype is torch.float32 and trains(gate, up)
+    return _between(gate, up) and dtype in _FLOATS and (weight is None or runs(weight) and weight.shape == (*gate.shape[:-1], 1))
+
+
+@expert_hidden.register("native", supports=_hides)
+def expert_hidden_native(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float, dtype: torch.dtype) -> Tensor:
+    """`expert_hidden` in one pass."""
+    return _Hidden.apply(gate, up, limit) if torch.is_grad_enabled() else _hidden(gate, up, weight, limit, dtype)
+
+
+def _hidden(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float, dtype: torch.dtype) -> Tensor:
+    gate, up, weight, F = gate.contiguous(), up.contiguous(), None if weight is None else ready(weight), gate.shape[-1]
+    out = torch.empty_like(gate, dtype=dtype)
+    library().fathom_swiglu(gate.data_ptr(), up.data_ptr(), gate.dtype is torch.bfloat16, None if weight is None else weight.data_ptr(), gate.numel() // F, F,
+                            limit, out.data_ptr(), dtype is torch.bfloat16, threads(gate.numel()))
+    return out
+
+
+class _Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.limit = limit
+        return _hidden(gate, up, None, limit, torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_gradients(*ctx.saved_tensors, None, grad, ctx.limit)[1:3], None
+
+
+@expert_hidden_gradients.register("native", supports=lambda gate_PF, up_PF, weight_P1, grad_PF, limit: (
+    _between(gate_PF, up_PF, grad_PF) and runs(weight_P1)))
+def expert_hidden_gradients_native(gate_PF: Tensor, up_PF: Tensor, weight_P1: Tensor, grad_PF: Tensor, limit: float) -> tuple[Tensor, ...]:
+    """`expert_hidden_gradients` in one pass."""
+    return _gradients(gate_PF, up_PF, ready(weight_P1), grad_PF, limit)
+
+
+def _gradients(*arguments) -> tuple[Tensor, ...]:
+    """As `expert_hidden_gradients`; without weights of gate and up alone [..., F]."""
+    gate, up, weight, grad = (None if x is None else x.contiguous() for x in arguments[:4])
+    F, wanted = gate.shape[-1], weight is not None
+    made = [torch.empty_like(gate) if wanted else None, torch.empty_like(gate), torch.empty_like(gate), torch.empty(len(weight)) if wanted else None]
+    library().fathom_swiglu_backward(
+        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), gate.dtype is torch.bfloat16, weight.data_ptr() if wanted else None, gate.numel() // F, F,
+        arguments[4], *(None if x is None else x.data_ptr() for x in made), threads(gate.numel()))
+    return tuple(made)
+
+
+@sum_rows.register("native", supports=lambda y_PW, place_NK: runs(y_PW) and y_PW.numel() > 0)
+def sum_rows_native(y_PW: Tensor, place_NK: Tensor) -> Tensor:
+    """`sum_rows` without a reordered copy."""
+    (N, K), W, y, place = place_NK.shape, y_PW.shape[1], y_PW.contiguous(), place_NK.contiguous()
+    out_NW = torch.empty(N, W)
+    library().fathom_sum_rows(y.data_ptr(), y.dtype is torch.bfloat16, place.data_ptr(), N, K, W, out_NW.data_ptr(), threads(N * K * W))
+    return out_NW

@@ -4,4 +4,5 @@
 #include "kernels.c"
 #include "fused.c"
 #include "streams.c"
+#include "between.c"
 #include "records.c"

@@ -1,0 +1,220 @@
+/* What lies between the products of many tokens, where torch would make a pass over memory for each operation. Sums are in float32. */
+
+ALWAYS lanes load_part(const void *numbers, int bf16, long index, long count) {
+    if (bf16) {
+        const uint16_t *from = (const uint16_t *)numbers + index;
+        return count < LANES ? load_rest_bf16(from, count) : load_bf16(from);
+    }
+    const float *from = (const float *)numbers + index;
+    return count < LANES ? load_rest(from, count) : load(from);
+}
+
+/* Up to 16 numbers to `out` from its `index`-th on. */
+ALWAYS void store_part(lanes x, void *out, int bf16, long index, long count) {
+    words bits = (words)x;
+    shorts narrow = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, shorts);
+    if (bf16 && count >= LANES) *(shorts *)((uint16_t *)out + index) = narrow;
+    else if (bf16) memcpy((uint16_t *)out + index, &narrow, count * sizeof(uint16_t));
+    else if (count >= LANES) *(lanes *)((float *)out + index) = x;
+    else memcpy((float *)out + index, &x, count * sizeof(float));
+}
+
+ALWAYS lanes chosen(words mask, lanes x, lanes other) { return (lanes)(((words)x & mask) | ((words)other & ~mask)); }
+
+static inline lanes all(float number) { return (lanes){0} + number; }
+
+/* A row's scores [J] to probabilities: e^(scale x) where it is seen, over the sum of these and of e^sink, whose share stands last. */
+ALWAYS void softmax_row(const void *score, int bf16, long row, long J, float scale, const uint32_t *seen, float sink, float *made, void *out,
+                        int out_bf16) {
+    lanes low = all(-INFINITY), nothing = all(-87), most = low, sums = {0};
+    for (long j = 0; j < J; j += LANES) {
+        lanes x = load_part(score, bf16, row * J + j, J - j) * scale;
+        *(lanes *)(made + j) = x;
+        most = larger(most, chosen(*(const loose_words *)(seen + j), x, low));
+    }
+    float top = largest_of(most);
+    if (!(top > sink)) top = sink;
+    for (long j = 0; j < J; j += LANES) {
+        lanes x = load(made + j) - top;
+        lanes e = chosen(*(const loose_words *)(seen + j) & (words)(x > nothing), exponential(x), (lanes){0});
+        sums += *(lanes *)(made + j) = e;
+    }
+    float own = sink - top < -87 ? 0 : exponential(all(sink - top))[0], inverse = 1 / (total(sums) + own);
+    made[J - 1] = own;
+    for (long j = 0; j < J; j += LANES) store_part(load(made + j) * inverse, out, out_bf16, row * J + j, J - j);
+}
+
+/* Scores [B, C, H, J] to probabilities (softmax_row). Columns: `near` window keys [B, near], of which a query at a place [B, C] sees those at places from
+   `reach` before it on; then `far` entries, of which it sees the selected [B, C, K], or `count` from `first` on; or, where they are the selected
+   themselves (`own`), those that are not -1. `out` may be the scores. */
+void fathom_column_probabilities(const void *score, int bf16, const float *sink, long B, long C, long H, long J, float scale, const int64_t *place,
+                                 const int64_t *reach, const int64_t *key_place, long near, const int64_t *first, const int64_t *count,
+                                 const int64_t *selected, long K, int own, long far, void *out, int out_bf16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long query = 0; query < B * C; query++) {
+        long padded = (J + LANES - 1) / LANES * LANES;
+        uint32_t seen[padded];
+        float made[padded];
+        memset(seen, 0, sizeof seen);
+        for (long t = 0; t < near; t++) {
+            int64_t key = key_place[query / C * near + t];
+            seen[t] = key <= place[query] && key >= place[query] - reach[query] ? ~0u : 0;
+        }
+        for (long k = 0; k < K; k++) {
+            int64_t slot = selected[query * K + k];
+            if (slot >= 0 && slot < far) seen[near + (own ? k : slot)] = ~0u;
+        }
+        if (first) {
+            long from = first[query] < 0 ? 0 : first[query], to = first[query] + count[query];
+            for (long m = from; m < to && m < far; m++) seen[near + m] = ~0u;
+        }
+        for (long h = 0; h < H; h++) {
+            long row = query * H + h;
+            if (bf16 && out_bf16) softmax_row(score, 1, row, J, scale, seen, sink[h], made, out, 1);
+            else if (bf16) softmax_row(score, 1, row, J, scale, seen, sink[h], made, out, 0);
+            else softmax_row(score, 0, row, J, scale, seen, sink[h], made, out, out_bf16);
+        }
+    }
+}
+
+/* The gradients of probabilities [R, J] to those of what their softmax was of: scale p (g - sum p g); unscaled, that of the last column [R].
+   `out` may be the gradients. */
+void fathom_column_gradients(const void *grad, int bf16, const float *probability, long R, long J, float scale, void *out, float *last, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long row = 0; row < R; row++) {
+        lanes sums = {0};
+        for (long j = 0; j < J; j += LANES)
+            sums += load_part(grad, bf16, row * J + j, J - j) * load_part(probability, 0, row * J + j, J - j);
+        float along = total(sums), final = number(grad, bf16, row * J + J - 1);
+        for (long j = 0; j < J; j += LANES) {
+            lanes x = (load_part(grad, bf16, row * J + j, J - j) - along) * load_part(probability, 0, row * J + j, J - j) * scale;
+            store_part(x, out, bf16, row * J + j, J - j);
+        }
+        last[row] = (final - along) * probability[row * J + J - 1];
+    }
+}
+
+/* silu(min(gate, limit)) clamp(up, -limit, limit), times a weight for each row if there are any: [N, F] of the inputs' or the other kind. */
+void fathom_swiglu(const void *gates, const void *ups, int bf16, const float *weight, long N, long F, float limit, void *out, int out_bf16,
+                   int threads) {
+    lanes high = all(limit), low = -high;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long n = 0; n < N; n++) {
+        float by = weight ? weight[n] : 1;
+        for (long f = 0; f < F; f += LANES) {
+            long place = n * F + f, count = F - f;
+            lanes x = load_part(gates, bf16, place, count), y = load_part(ups, bf16, place, count);
+            x = chosen((words)(x > high), high, x), y = chosen((words)(y > high), high, chosen((words)(y < low), low, y));
+            store_part(x * gate(x) * y * by, out, out_bf16, place, count);
+        }
+    }
+}
+
+/* From the gradients of fathom_swiglu's result: the result, if wanted, and gradients of gate and up, all of their kind, and of the weights [N], if any. */
+void fathom_swiglu_backward(const void *gates, const void *ups, const void *grads, int bf16, const float *weight, long N, long F, float limit,
+                            void *out, void *gate_grad, void *up_grad, float *weight_grad, int threads) {
+    lanes high = all(limit), low = -high, zero = {0};
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long n = 0; n < N; n++) {
+        float by = weight ? weight[n] : 1;
+        lanes along = {0};
+        for (long f = 0; f < F; f += LANES) {
+            long place = n * F + f, count = F - f;
+            lanes x = load_part(gates, bf16, place, count), y = load_part(ups, bf16, place, count), grad = load_part(grads, bf16, place, count);
+            words over = (words)(x > high), outside = (words)(y > high) | (words)(y < low);
+            x = chosen(over, high, x), y = chosen((words)(y > high), high, chosen((words)(y < low), low, y));
+            lanes slope = gate(x), silu = x * slope;
+            along += grad * silu * y;
+            grad *= by;
+            if (out) store_part(silu * y * by, out, bf16, place, count);
+            store_part(chosen(over, zero, grad * y * (slope + silu * (1 - slope))), gate_grad, bf16, place, count);
+            store_part(chosen(outside, zero, grad * silu), up_grad, bf16, place, count);
+        }
+        if (weight) weight_grad[n] = total(along);
+    }
+}
+
+/* The sums [N, W] in float32 of K rows each of y [P, W], those whose numbers stand in place [N, K]. */
+void fathom_sum_rows(const void *y, int bf16, const int64_t *place, long N, long K, long W, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long n = 0; n < N; n++)
+        for (long w = 0; w < W; w += LANES) {
+            lanes sum = {0};
+            for (long k = 0; k < K; k++) sum += load_part(y, bf16, place[n * K + k] * W + w, W - w);
+            store_part(sum, out, 0, n * W + w, W - w);
+        }
+}
+
+/* Of channels d ... of one block: the softmax over its tokens of their scores, times their values; with `grad`, that of the result, each token's
+   gradients of value and score. */
+ALWAYS lanes pooled(const float *value, const float *score, long step, const int64_t *current, const int64_t *previous, long R, long half, long d,
+                    long count, const lanes *grad, float *value_grad, float *score_grad) {
+    lanes most = all(-INFINITY), sum = {0}, found = {0};
+    for (int pass = 0; pass < (grad ? 3 : 2); pass++)
+        for (long r = previous ? 0 : R; r < 2 * R; r++) {
+            long place = r < R ? previous[r] * step + d : current[r - R] * step + half + d;
+            lanes x = load_part(score, 0, place, count);
+            if (!pass) most = larger(x, most);
+            else if (pass == 1) {
+                lanes e = exponential(x - most);
+                sum += e, found += e * load_part(value, 0, place, count);
+            } else {
+                lanes direct = *grad * exponential(x - most) / sum;
+                store_part(direct, value_grad, 0, place, count);
+                store_part(direct * (load_part(value, 0, place, count) - found / sum), score_grad, 0, place, count);
+            }
+        }
+    return found / sum;
+}
+
+/* Entries [N, D] of N blocks: values and scores lie `step` apart, each token's 2 D of them where there is `previous` [N, R], else D. */
+void fathom_pool_blocks(const float *value, const float *score, long step, const int64_t *current, const int64_t *previous, const uint8_t *has_previous,
+                        long N, long R, long D, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long n = 0; n < N; n++)
+        for (long d = 0; d < D; d += LANES) {
+            const int64_t *before = previous && has_previous[n] ? previous + n * R : NULL;
+            lanes entry = pooled(value, score, step, current + n * R, before, R, previous ? D : 0, d, D - d, NULL, NULL, NULL);
+            store_part(entry, out, 0, n * D + d, D - d);
+        }
+}
+
+/* From the gradients of entries [N, D], those of values and scores, which lie as these do and are zeros before; no token is twice in a list. */
+void fathom_pool_backward(const float *value, const float *score, const float *grad, long step, const int64_t *current, const int64_t *previous,
+                          const uint8_t *has_previous, long N, long R, long D, float *value_grad, float *score_grad, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long n = 0; n < N; n++)
+        for (long d = 0; d < D; d += LANES) {
+            const int64_t *before = previous && has_previous[n] ? previous + n * R : NULL;
+            lanes own = load_part(grad, 0, n * D + d, D - d);
+            pooled(value, score, step, current + n * R, before, R, previous ? D : 0, d, D - d, &own, value_grad, score_grad);
+        }
+}
+
+/* The gradients of x [N, D] over each row's root mean square, times a weight [D] that may be null; the weight's in parts [N / 64, D] to be summed. */
+void fathom_rms_backward(const float *x, const float *grad, const float *weight, long N, long D, float eps, float *out, float *parts, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long part = 0; part < (N + 63) / 64; part++) {
+        float *own = parts + part * D;
+        if (weight) memset(own, 0, D * sizeof(float));
+        for (long n = part * 64; n < N && n < part * 64 + 64; n++) {
+            const float *row = x + n * D, *from = grad + n * D;
+            float inverse = 1 / sqrtf(dot_float(row, row, D) / D + eps);
+            lanes sums = {0};
+            for (long d = 0; d < D; d += LANES) {
+                lanes along = load_part(row, 0, d, D - d) * load_part(from, 0, d, D - d);
+                if (weight) {
+                    store_part(load_part(own, 0, d, D - d) + along * inverse, own, 0, d, D - d);
+                    along *= load_part(weight, 0, d, D - d);
+                }
+                sums += along;
+            }
+            float radial = total(sums) * inverse * inverse * inverse / D;
+            for (long d = 0; d < D; d += LANES) {
+                lanes direct = load_part(from, 0, d, D - d) * inverse;
+                if (weight) direct *= load_part(weight, 0, d, D - d);
+                store_part(direct - load_part(row, 0, d, D - d) * radial, out, 0, n * D + d, D - d);
+            }
+        }
+    }
+}
