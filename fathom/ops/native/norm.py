@@ -39,9 +39,10 @@ class _RMSNormalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, grad, weight, D = ctx.saved_tensors[0].contiguous(), grad.contiguous(), ctx.saved_tensors[1], grad.shape[-1]
-        N, x_grad, by = x.numel() // D, torch.empty_like(x), None if weight is None else weight.contiguous()
+        x, weight, grad = (None if each is None else each.contiguous() for each in (*ctx.saved_tensors, grad))  # which may be read only once
+        x_grad, D = torch.empty_like(x), x.shape[-1]
+        N = x.numel() // D
         parts_ND = None if weight is None else torch.empty(-(-N // _PART), D)
-        library().fathom_rms_backward(x.data_ptr(), grad.data_ptr(), None if by is None else by.data_ptr(), N, D, ctx.eps, x_grad.data_ptr(),
+        library().fathom_rms_backward(x.data_ptr(), grad.data_ptr(), None if weight is None else weight.data_ptr(), N, D, ctx.eps, x_grad.data_ptr(),
                                       None if parts_ND is None else parts_ND.data_ptr(), threads(x.numel()))
         return x_grad, None if parts_ND is None else parts_ND.sum(0), None

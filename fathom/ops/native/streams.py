@@ -148,7 +148,8 @@ class _StreamsIn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BSW: Tensor) -> tuple[Tensor, Tensor]:
-        (x, pre), grad, (B, S, N, W) = (each.contiguous() for each in ctx.saved_tensors), grad_BSW.contiguous(), ctx.saved_tensors[0].shape
+        x, pre, grad = (each.contiguous() for each in (*ctx.saved_tensors, grad_BSW))
+        B, S, N, W = x.shape
         x_grad_BSNW, pre_grad_BSN = torch.empty_like(x), torch.empty_like(pre)
         library().fathom_streams_in_backward(x.data_ptr(), pre.data_ptr(), None, grad.data_ptr(), B * S, N, W, x_grad_BSNW.data_ptr(),
                                              pre_grad_BSN.data_ptr(), threads(x.numel()))
