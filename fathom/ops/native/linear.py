@@ -9,7 +9,7 @@ from fathom.ops.linear import Matrix, grouped_linear, linear
 from fathom.ops.native.library import kind_of, library, places, reads, ready, runs, threads
 from fathom.quant.formats import Packed
 
-_ROWS = {torch.float32: 8, torch.bfloat16: 4}  # by the matrix's dtype: with more rows, oneDNN's blocks of them are faster
+_ROWS = {torch.float32: 8, torch.bfloat16: 8}  # by the matrix's dtype: with more rows, oneDNN's blocks of them are faster
 _PACKED_ROWS, _SMALL_ROWS = 32, 64
 _SMALL = 1 << 21  # multiplications: of so few, starting another product costs more than it gains
 _BLOCK = 16  # rows of a matrix that a thread takes together
