@@ -82,7 +82,8 @@ class _Attention(torch.autograd.Function):
                 entries: Entries | None) -> Tensor:
         out_BSHD = torch.empty(q_BSHD.shape, dtype=q_BSHD.dtype)
         for block, keys_BJD, probability_BRJ in probabilities(q_BSHD, window, entries, sink_H, q_BSHD.dtype):
-            batch_times(probability_BRJ, keys_BJD.mT, out_BSHD[:, block.queries].flatten(1, 2))
+            out_BRD = batch_times(probability_BRJ, keys_BJD.mT)
+            out_BSHD[:, block.queries] = out_BRD.unflatten(1, (-1, len(sink_H)))
         ctx.save_for_backward(q_BSHD, kv_BTD, kv_BMD, sink_H)
         # Only integers besides, without which the tensors above would be kept alive by the graph.
         ctx.window, ctx.entries = window._replace(kv_BTD=None), None if entries is None else entries._replace(kv_BMD=None)
@@ -101,7 +102,7 @@ class _Attention(torch.autograd.Function):
             score_grad_BRJ, sink_grad_BR = column_gradients(batch_times(grad_BRD, keys_BJD), probability_BRJ, D**-0.5)
             sink_grad_H += sink_grad_BR.unflatten(1, (-1, H)).sum((0, 1))
             probability_BRJ = probability_BRJ.to(q_BSHD.dtype)
-            batch_times(score_grad_BRJ, keys_BJD.mT, q_grad_BSHD[:, block.queries].flatten(1, 2))
+            q_grad_BSHD[:, block.queries] = batch_times(score_grad_BRJ, keys_BJD.mT).unflatten(1, (-1, H))
             keys_grad_BJD = batch_times(probability_BRJ.mT, grad_BRD.mT).add_(batch_times(score_grad_BRJ.mT, q_BRD.mT))
             window_grad = kv_grad_BTD[:, block.places]
             window_grad += keys_grad_BJD[:, :window_grad.shape[1]]

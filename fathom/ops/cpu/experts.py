@@ -120,5 +120,5 @@ def routed_experts_cpu(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_
         rows = rounded_rows(x_PW, begin, end)
         gate_nF, up_nF = (times(x_PW[rows], matrix_EFW[expert]) for matrix_EFW in (gate_EFW, up_EFW))
         hidden_nF = expert_hidden(gate_nF, up_nF, weight_P1[rows], limit, x_NW.dtype)
-        times_into(hidden_nF, down_EWF[expert], out_PW[rows])
+        out_PW[begin:end] = times(hidden_nF, down_EWF[expert])[:end - begin]
     return groups.sum_by_token(out_PW)

@@ -2,8 +2,8 @@
 
 On an AMD processor MKL multiplies float32 with half of AVX-512's width: 220 GFLOP/s on 2 cores of Zen 5 where oneDNN reached 490, and 17 GB/s instead
 of 20-40 while a matrix is read for one row (docs/performance.md). oneDNN compiles a kernel for each new shape (0.4 ms), so callers whose
-number of rows keeps changing round it up. Where MKL's width is all there is, it is preferred for results that go to a given place, which oneDNN's call
-would copy, and for products of two transposed views.
+number of rows keeps changing round it up. Where MKL's width is all there is, it is preferred for two kinds of product in training, at the price of its own
+buffers: those whose results go to a given place, which oneDNN's call would copy, and those of two transposed views.
 """
 
 from pathlib import Path
@@ -70,19 +70,12 @@ def times_into(x_NI: Tensor, matrix_OI: Tensor, out_NO: Tensor) -> None:
 
 
 def rounded_rows(x_PI: Tensor, begin: int, end: int) -> slice:
-    """Rows begin ... end of x [P, I] and, where oneDNN multiplies, some of those behind them, up to a round number, so that products have few shapes."""
-    if x_PI.dtype == torch.float32 and not _WIDER_THAN_MKL:
-        return slice(begin, end)
+    """Rows begin ... end of x [P, I] and some of those behind them, up to a round number, so that products have few shapes."""
     return slice(begin, min(len(x_PI), begin + -(-(end - begin) // _ROUND) * _ROUND))
 
 
-def batch_times(x_BNI: Tensor, y_BOI: Tensor, out_BNO: Tensor | None = None) -> Tensor:
-    """x times the transposed y, row of the batch by row [B, N, O], without gradients; in `out` if given."""
-    if out_BNO is not None:
-        if len(x_BNI) > 1:
-            return out_BNO.copy_(batch_times(x_BNI, y_BOI))
-        times_into(x_BNI[0], y_BOI[0], out_BNO[0])
-        return out_BNO
+def batch_times(x_BNI: Tensor, y_BOI: Tensor) -> Tensor:
+    """x times the transposed y, row of the batch by row [B, N, O], without gradients."""
     if len(x_BNI) == 1 or x_BNI[0].numel() * y_BOI.shape[1] >= _BIG_ROW:
         products = [times(x_NI, y_OI) for x_NI, y_OI in zip(x_BNI, y_BOI, strict=True)]
         return products[0][None] if len(products) == 1 else torch.stack(products)
