@@ -149,16 +149,17 @@ def activation_bytes(config: ModelConfig, tokens: float, element_bytes: int, rec
     """Bytes that a training step keeps of `tokens` tokens on a rank for its backward pass, or its peak where blocks are recomputed.
 
     A block keeps, in numbers a token (letters as in docs/architecture.md, D channels of a head, R query rank, O o_lora_rank, e index):
-      streams    2 N W + 4 W + 2 (N N + 2 N)
-      attention  2 R + 5 H D + 3 D + G O;  CSA 4 D + 3 D / ratio + 2 He De + He + 4 De;  HCA 2 D + 3 D / ratio
-      experts    3 E + K (2 W + 3 F) + 3 F + W
-    and each head and MTP block N W + 2 W; beside them the gradient of each head lies ready in float32. Recomputed: N W a block of the
-    trunk, and one block at a time. Within 6% of the tensors that autograd saved, for tiny and for four layers of nano.
+      streams    2 N W + 6 W + 4 (N N + 2 N)
+      attention  2 R + 3 H D + 2 D + G O;  CSA 4 D + 3 D / ratio + He De + He + 4 De;  HCA 2 D + 3 D / ratio
+      experts    3 E + 2 K F + 3 F
+    and each head N W + 2 W, each MTP block as much again; beside them the gradient of each head lies ready in float32. Recomputed: N W a
+    block of the trunk, and one block at a time. Within 6% of the tensors that autograd saved with the kernels in C, for tiny; without
+    them it saves a seventh more.
     """
     W, N, depths = config.hidden_size, config.hc_mult, config.num_nextn_predict_layers
     blocks = [_block_numbers(config, layer) for layer in range(config.num_hidden_layers + depths)]
     trunk, mtp = blocks[:config.num_hidden_layers], blocks[config.num_hidden_layers:]
-    ends = (1 + depths) * (N + 2) * W
+    ends = (1 + 2 * depths) * (N + 2) * W
     kept = len(trunk) * N * W + max(trunk) if tokens > recompute_above else sum(trunk)
     return tokens * element_bytes * (kept + sum(mtp) + ends) + (1 + depths) * config.vocab_size * W * 4
 
@@ -218,14 +219,14 @@ def _mtp_weights(config: ModelConfig) -> int:
 
 def _block_numbers(config: ModelConfig, layer: int) -> float:
     W, N, D, K, F = (config.hidden_size, config.hc_mult, config.head_dim, config.num_experts_per_tok, config.moe_intermediate_size)
-    numbers: float = 2 * N * W + 4 * W + 2 * (N * N + 2 * N)
-    numbers += 2 * config.q_lora_rank + 5 * config.num_attention_heads * D + 3 * D + config.o_groups * config.o_lora_rank
+    numbers: float = 2 * N * W + 6 * W + 4 * (N * N + 2 * N)
+    numbers += 2 * config.q_lora_rank + 3 * config.num_attention_heads * D + 2 * D + config.o_groups * config.o_lora_rank
     kind, ratio = config.kind(layer), config.ratio(layer)
     if kind in ("csa", "hca"):
         numbers += (4 if kind == "csa" else 2) * D + 3 * D / ratio
     if kind == "csa":
-        numbers += 2 * config.index_n_heads * config.index_head_dim + config.index_n_heads + 4 * config.index_head_dim
-    return numbers + 3 * config.n_routed_experts + K * (2 * W + 3 * F) + 3 * F + W
+        numbers += config.index_n_heads * config.index_head_dim + config.index_n_heads + 4 * config.index_head_dim
+    return numbers + 3 * config.n_routed_experts + 2 * K * F + 3 * F
 
 
 def _duration(seconds: float) -> str:
