@@ -7,6 +7,7 @@ from fathom.ops.attention import Entries, Window, attention, column_gradients, c
 from fathom.ops.native.library import library, ready, runs, threads
 
 _ANY = (1 << 63) - 1
+_COLUMNS = 1 << 17  # of which a row fits a thread's stack
 _ROW, _QUERIES = 15, 128  # of a row, and of all: with more, blocks of queries share what they read
 
 
@@ -39,7 +40,7 @@ def attention_native(q_BSHD: Tensor, window: Window, entries: Entries | None, si
 
 
 @column_probabilities.register("native", supports=lambda score_BCHJ, window, entries, sink_H, scale, dtype: (
-    runs(score_BCHJ, sink_H) and score_BCHJ.numel() > 0 and dtype in (score_BCHJ.dtype, torch.float32)))
+    runs(score_BCHJ, sink_H) and 0 < score_BCHJ.shape[3] <= _COLUMNS and score_BCHJ.numel() > 0 and dtype in (score_BCHJ.dtype, torch.float32)))
 def column_probabilities_native(score_BCHJ: Tensor, window: Window, entries: Entries | None, sink_H: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """`column_probabilities` in one pass; in the place of the scores if it can be."""
     score, sink, places = score_BCHJ.contiguous(), ready(sink_H), [x.contiguous() for x in (window.query_place_BS, window.reach_BS, window.key_place_BT)]
