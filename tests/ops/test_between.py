@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fathom import ops
 from fathom.ops.attention import Entries, Window, attended_entries, attention, column_gradients, column_probabilities, entry_mass, window_keys
@@ -282,3 +283,36 @@ def test_activations_without_weights_have_the_definitions_gradients(shape):
         expected = [plain, *torch.autograd.grad(plain, exact, grad.double())]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wider", [False, True], ids=["MKL", "oneDNN"])
+def test_many_tokens_experts_have_the_definitions_gradients_whoever_multiplies(wider, monkeypatch):
+    monkeypatch.setattr("fathom.ops.cpu.products._WIDER_THAN_MKL", wider)
+    x, expert, weight, *matrices = test_experts.problem(300, 5, 2, width=256, hidden=256)
+    expert = expert % 4  # one expert is nobody's
+    inputs, limit = [x, weight, *(matrix / 60 for matrix in matrices)], 2.5
+
+    def values(operator, dtype):
+        leaves = [each.detach().to(dtype).requires_grad_() for each in inputs]
+        out = operator(leaves[0], expert, *leaves[1:], limit)
+        return [out, *torch.autograd.grad(out, leaves, random(300, 256, seed=1).to(dtype))]
+
+    with torch.enable_grad():
+        found, expected = values(routed_experts_cpu, torch.float32), values(routed_experts.definition, torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 2e-5 * max(1.0, float(other.abs().max()))
+    assert (found[3][4] == 0).all()
+
+
+def test_gradients_are_the_same_where_a_block_is_computed_anew():
+    """Which gives saved tensors only once."""
+    turn = torch.polar(torch.ones(1, 8, 2), random(1, 8, 2))
+    indices = whole_blocks(1, 8, 4, True)
+    functions = [lambda x: ops.rms_normalise(x, 1e-6, x[0, 0]), lambda x: ops.rotate(x, turn), lambda x: ops.pool_blocks(x, x * 2, *indices),
+                 lambda x: expert_hidden(x, x + 1, None, 2.0, torch.float32), lambda x: ops.streams_in(x.view(1, 4, 2, 6), x.view(-1)[:8].view(1, 4, 2))]
+    for function in functions:
+        with torch.enable_grad():
+            x = random(1, 8, 6).requires_grad_()
+            plain = torch.autograd.grad(function(x).square().sum(), x)[0]
+            again = torch.autograd.grad(checkpoint(function, x, use_reentrant=False).square().sum(), x)[0]
+        assert torch.equal(plain, again)
