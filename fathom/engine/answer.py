@@ -28,6 +28,7 @@ class Answer:
         self.hit_tokens = 0
         self.finish: FinishReason | None = None
         self.started = False  # whether hit_tokens is known
+        self.unread = False  # whether nothing was read since it was admitted
         self._stream, self._stops = tokenizer.stream(), StopText(request.sampling.stop)
         self._text: list[str] = []
         self._new: list[Written] = []

@@ -135,7 +135,8 @@ class Engine:
             self._start(self._answers[place])
         prompts = [answer for answer in map(self._answers.get, self._scheduler.running) if self._reads(answer)]
         shortest = min(prompts, key=lambda answer: answer.place.missing, default=None)
-        for answer in {*prompts[:1], shortest} - {None}:
+        for answer in dict.fromkeys([*prompts[:1], *([shortest] if shortest else [])]):
+            self._look_again(answer)
             self._read(answer)
         self._write([answer for answer in map(self._answers.get, self._scheduler.running) if not self._reads(answer)])
         outputs = [output for answer in [*self._answers.values()] if (output := self._collect(answer)) is not None]
@@ -203,17 +204,40 @@ class Engine:
         return answer.found.start
 
     def _start(self, answer: Answer) -> None:
-        place = answer.place
+        place, first = answer.place, not answer.started
         if self._prefix is None:
             self._cache.clear_state(place.slot)
         else:
-            self._prefix.restore(answer.found, place.slot, place.blocks)
-            answer.marks, answer.kept_blocks = self._marks(answer), place.frozen // self.block_tokens
-            answer.found = None
-        if not answer.started:
+            self._take_up(answer)
+            answer.unread = True
+        if first:
             answer.started, answer.hit_tokens = True, place.computed
             self._prompt_tokens += len(answer.request.prompt)
             self._hit_tokens += place.computed
+
+    def _take_up(self, answer: Answer) -> None:
+        """Begin at what was found in the prefix cache."""
+        place = answer.place
+        self._prefix.restore(answer.found, place.slot, place.blocks)
+        answer.marks, answer.kept_blocks = self._marks(answer), place.frozen // self.block_tokens
+        answer.found = None
+
+    def _look_again(self, answer: Answer) -> None:
+        """Before an answer's first piece is read: others that were admitted with it may have read the beginning of its prompt since."""
+        if not answer.unread or answer.place.slot < 0:
+            return
+        answer.unread, place, begun = False, answer.place, answer.place.computed
+        answer.found = self._prefix.find(answer.hashes, answer.tokens)
+        further = answer.found.start.computed - begun
+        if further > 0:
+            self._scheduler.restart(place, answer.found.start)
+            self._take_up(answer)
+            if answer.hit_tokens == begun:  # otherwise it gave way before, and its hits are counted
+                answer.hit_tokens += further
+                self._hit_tokens += further
+        else:
+            self._pool.release(answer.found.start.blocks)
+            answer.marks, answer.found = self._marks(answer), None
 
     def _marks(self, answer: Answer) -> list[int]:
         """Where the state is to be kept on the way through the known tokens."""

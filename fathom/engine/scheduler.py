@@ -78,6 +78,13 @@ class Scheduler:
         self._run(place)
         return place
 
+    def restart(self, place: Place, start: Start) -> None:
+        """A running sequence of which nothing was computed since it was admitted begins where `start` says instead, further on."""
+        self.pool.release(place.blocks)
+        own = self._blocks_for(place.length + 1) - len(start.blocks)
+        place.blocks = [*start.blocks, *self.pool.take(own, start.blocks[-1] if start.blocks else None, room=4)]
+        place.computed, place.frozen = start.computed, start.frozen
+
     def fork(self, place: Place) -> Place | None:
         """A second sequence that goes on from where `place` stands, sharing its whole blocks; None if the memory is not there.
 

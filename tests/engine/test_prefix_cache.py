@@ -176,6 +176,30 @@ def test_a_common_beginning_becomes_a_hit_from_the_third_request_on(model, token
     assert [ask(engine, prompt).hit_tokens for prompt in (first, second, third)] == [0, 640 - 256, 640]
 
 
+@pytest.mark.parametrize(("window", "sizes"), [("periodic", (6, 60)), ("full", (6, 60)), ("zero", (6, 60)), ("periodic", (4, 15)), ("full", (3, 15))])
+def test_requests_that_come_together_share_a_beginning_that_none_had_read(model, tokenizer, text, window, sizes, monkeypatch):
+    monkeypatch.setattr("fathom.engine.engine._sizes", lambda *_: sizes)
+    engine = Engine(model, tokenizer, settings=replace(SETTINGS, window=window, interval=1 << 20))
+    prompts = torch.tensor([text[:700] + text[700 + 80 * number:780 + 80 * number] for number in range(6)])
+    sampling = Sampling(temperature=0, max_tokens=3, logprobs=5, ignore_eos=True)
+    numbers = [engine.add(Request(tuple(prompt), sampling)) for prompt in prompts.tolist()]
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    hits = [max(output.hit_tokens for output in outputs if output.request == number) for number in numbers]
+    written = torch.tensor([[token.token for output in outputs if output.request == number for token in output.tokens] for number in numbers])
+    with torch.no_grad():
+        logs = model(torch.cat([prompts, written], 1)).logits[:, 779:-1, :tokenizer.vocab_size].log_softmax(-1)
+    for number, logs_SV in zip(numbers, logs, strict=True):
+        tokens = [token for output in outputs if output.request == number for token in output.tokens]
+        assert [token.token for token in tokens] == logs_SV.argmax(-1).tolist()
+        torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), logs_SV.amax(-1), atol=1e-4, rtol=0)
+    third = 640 if window != "zero" else 640 - 256
+    assert hits[0] == 0 and all(hit >= third for hit in hits[2:])
+    stats = engine.stats()
+    assert stats.hit_tokens == sum(hits) and stats.prompt_tokens == 6 * 780 and stats.blocks_used == 0
+
+
 def test_the_next_turn_starts_where_the_input_or_the_answer_ended(model, tokenizer, text):
     engine = Engine(model, tokenizer, settings=replace(SETTINGS, interval=1 << 20))
     request = Request(text[:300], Sampling(temperature=0, max_tokens=20, ignore_eos=True), input_end=298)

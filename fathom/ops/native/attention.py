@@ -8,13 +8,13 @@ from fathom.ops.native.library import library, ready, runs, threads
 
 _ANY = (1 << 63) - 1
 _COLUMNS = 1 << 17  # of which a row fits a thread's stack
-_ROW, _QUERIES = 15, 128  # of a row, and of all: with more, blocks of queries share what they read
+_ROW, _QUERIES = 15, 128  # of a row, and of rows of several: with more, blocks of queries share what they read
 
 
 def _supports(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> bool:
     B, S, _, D = q_BSHD.shape
     keys = [window.kv_BTD] if entries is None else [window.kv_BTD, entries.kv_BMD]
-    return (S <= _ROW and 0 < B * S <= _QUERIES and runs(q_BSHD, sink_H, *keys) and all(x.dtype is keys[0].dtype for x in keys)
+    return (0 < B * S and S <= _ROW and (S == 1 or B * S <= _QUERIES) and runs(q_BSHD, sink_H, *keys) and all(x.dtype is keys[0].dtype for x in keys)
             and (entries is None or entries.kv_BMD.stride()[1:] == (D, 1)))
 
 

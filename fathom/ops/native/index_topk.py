@@ -6,11 +6,12 @@ from torch import Tensor
 from fathom.ops.index_topk import index_topk
 from fathom.ops.native.library import library, ready, runs, threads
 
-_ROW, _QUERIES = 15, 128  # of a row, and of all: with more, products of many queries with many keys are faster
+_ROW, _QUERIES = 15, 128  # of a row, and of rows of several: with more, products of many queries with many keys are faster
 
 
 def _supports(q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, first_BS: Tensor, count_BS: Tensor, k: int) -> bool:
-    return (first_BS.shape[1] <= _ROW and 0 < first_BS.numel() <= _QUERIES and runs(q_BSHD, weight_BSH, keys_BMD)
+    S = first_BS.shape[1]
+    return (0 < first_BS.numel() and S <= _ROW and (S == 1 or first_BS.numel() <= _QUERIES) and runs(q_BSHD, weight_BSH, keys_BMD)
             and keys_BMD.stride()[1:] == (keys_BMD.shape[2], 1))
 
 
