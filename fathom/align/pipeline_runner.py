@@ -109,9 +109,13 @@ class Runner:
         return bool(list_checkpoints(stage.makes))
 
     def _key(self, stage: StageCommand) -> dict:
-        """All that decides what a stage makes: its command, its recipe, the files it reads, and the results of the stages before it."""
+        """All that decides what a stage makes: its command, its recipe, the files it reads, and the results of the stages before it.
+
+        Paths are as seen from here, so that a folder may be moved with all that is in it.
+        """
         recipe = sha256(Path(stage.arguments[1])) if stage.arguments[1].endswith(".toml") else None
-        return {"arguments": [*stage.arguments], "recipe": recipe, "files": [sha256(path) for path in stage.reads],
+        here = f"{Path.cwd()}{os.sep}"
+        return {"arguments": [argument.replace(here, "") for argument in stage.arguments], "recipe": recipe, "files": [sha256(path) for path in stage.reads],
                 "inputs": {name: _checksums(self.by_name[name].makes) for name in stage.after}}
 
     def _collect(self) -> None:

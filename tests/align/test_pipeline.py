@@ -144,6 +144,17 @@ def test_what_was_made_from_other_inputs_is_made_anew(tmp_path):
     assert notes(tmp_path)[8:] == ["begin b2", "end b2", "begin d", "end d"]
 
 
+def test_a_folder_that_was_moved_keeps_what_was_made_in_it(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        monkeypatch.chdir(tmp_path)
+        if name == "new":
+            (tmp_path / "old").rename(tmp_path / "new")
+        monkeypatch.chdir(tmp_path / name)
+        Scripted(Path("run"), diamond(Path.cwd()), 2, QUIET).run()
+    assert len(notes(tmp_path / "new")) == 8
+
+
 def test_a_stage_whose_files_changed_runs_again(tmp_path):
     (tmp_path / "corpus").write_text("one")
     reading = StageCommand(*dataclasses.astuple(stage(tmp_path, "a"))[:4], reads=(tmp_path / "corpus",))
