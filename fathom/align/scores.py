@@ -77,7 +77,7 @@ def score_command(path: Path, names: str, tasks: int, modes: str, levels: str, b
         if effort not in EFFORTS:
             raise InputError(f"mode is {effort!r}; allowed: {', '.join(EFFORTS)}")
     rows = score(path, names.split(","), Domains(), tasks, [Mode(effort, max_tokens) for effort in efforts], _numbers(levels, "levels"),
-                 [None, *_numbers(budgets, "budgets")], Draw(temperature, running=120), seed)
+                 [None, *_numbers(budgets, "budgets")], Draw(temperature, running=192), seed)
     if out is not None:
         write_text(out, json.dumps(rows, indent=2) + "\n")
     show_rows(rows, f"{path}, held-out tasks, temperature {temperature:g}", Console())
