@@ -201,6 +201,18 @@ def test_attention_is_the_definition(name, dtype):
         assert torch.equal(alone[:, 0], found[:, query])
 
 
+@pytest.mark.parametrize("name", test_attention.CASES)
+def test_many_rows_of_one_query_are_the_few_ones_over_again(name):
+    q, window, entries, sink = test_attention.cast(few(test_attention.CASES[name], 1), torch.float32)
+
+    def repeated(parts):
+        return [None if x is None else x.repeat(100, *[1] * (x.dim() - 1)) for x in parts]
+
+    many = repeated([q])[0], type(window)(*repeated(window)), None if entries is None else type(entries)(*repeated(entries)), sink
+    assert ops.attention.choose(*many)[0] == "native"
+    assert torch.equal(native(ops.attention, *many), native(ops.attention, q, window, entries, sink).repeat(100, 1, 1, 1))
+
+
 def test_attention_reads_rows_of_a_larger_stream():
     q, window, entries, sink = test_attention.cast(few(test_attention.CASES["packed, selected"]), torch.float32)
     larger = torch.full((len(q), entries.kv_BMD.shape[1] + 9, q.shape[3]), float("nan"))
@@ -210,7 +222,7 @@ def test_attention_reads_rows_of_a_larger_stream():
 
 
 @pytest.mark.parametrize("B, S, M, k, heads, channels", [(1, 1, 1, 1, 1, 4), (1, 1, 900, 12, 4, 1), (2, 4, 75, 12, 2, 8),
-                                                         (1, 8, 10, 64, 1, 9), (2, 1, 3000, 100, 32, 2)])
+                                                         (1, 8, 10, 64, 1, 9), (2, 1, 3000, 100, 32, 2), (200, 1, 75, 12, 2, 8)])
 def test_selection_is_the_definition_ties_included(B, S, M, k, heads, channels):
     """Small integers: sums are exact in any order, the definition's factor too, and many scores are equal, 0 above all."""
     q, weight, keys, first, count = test_index_topk.problem(B, S, heads, channels, M)
