@@ -204,13 +204,13 @@ class Engine:
         return answer.found.start
 
     def _start(self, answer: Answer) -> None:
-        place, first = answer.place, not answer.started
+        place = answer.place
         if self._prefix is None:
             self._cache.clear_state(place.slot)
         else:
             self._take_up(answer)
             answer.unread = True
-        if first:
+        if not answer.started:
             answer.started, answer.hit_tokens = True, place.computed
             self._prompt_tokens += len(answer.request.prompt)
             self._hit_tokens += place.computed
