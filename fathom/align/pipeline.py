@@ -198,8 +198,8 @@ def _scores(recipe: Pipeline, stage: StageCommand) -> list[StageCommand]:
 def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment], console: Console) -> None:
     """Write `corpus.jsonl`, worked tasks of the training side as plain text, and the tokenizer that all sizes share.
 
-    The tokenizer sees the tools' descriptions, which are the same in all tasks of a domain; the corpus leaves them out. What a recipe that says
-    the same wrote before is kept.
+    What is the same in all tasks the tokenizer sees and the corpus leaves out: the tools' descriptions of a domain, the instruction of the
+    effort "max" (a fifth of all tokens, of which none is to be learned). What a recipe that says the same wrote before is kept.
     """
     run = Path(recipe.run)
     marker, key = run / "corpus.json", json.dumps({name: getattr(recipe, name) for name in OF_CORPUS}, indent=2) + "\n"
@@ -212,10 +212,12 @@ def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment
         for _ in range(count):
             task = known[name].task(rng.randrange(SEEDS), "train", rng.choice(levels))
             effort = rng.choices([*EFFORTS], EFFORTS_OF_CORPUS)[0]
+            thinking_mode, reasoning_effort = EFFORTS[effort]
             asked = [message for message in task.messages if not message.get("tools")]
-            rows.append({"text": plain_text(asked + known[name].demonstration(task, effort), effort), "source": name, "licence": "MIT"})
+            worked = plain_text(asked + known[name].demonstration(task, effort), thinking_mode)
+            rows.append({"text": worked, "source": name, "licence": "MIT"})
             if len(asked) < len(task.messages):
-                descriptions.append(plain_text(task.messages, effort))
+                descriptions.append(plain_text(task.messages, thinking_mode, reasoning_effort))
     rows += [{"text": text, "source": "repeats", "licence": "CC0-1.0"} for text in islice(repeating_texts(recipe.seed), recipe.repeats)]
     rng.shuffle(rows)
     write_text(run / "corpus.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -225,9 +227,9 @@ def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment
                   f"a tokenizer of {recipe.vocabulary:,} tokens", soft_wrap=True)
 
 
-def plain_text(messages: list[dict], effort: str) -> str:
+def plain_text(messages: list[dict], thinking_mode: str, reasoning_effort: str | None = None) -> str:
     """A conversation without the chat format's special tokens: paragraphs, as a text on the same matter would have them."""
-    text = chat.encode(messages, *EFFORTS[effort], drop_thinking=False)
+    text = chat.encode(messages, thinking_mode, reasoning_effort, drop_thinking=False)
     for token in SPECIAL_TOKENS:
         text = text.replace(token, "\n\n" if token == EOS else "" if token == DSML else "\n")
     return text.strip()

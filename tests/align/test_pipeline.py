@@ -264,6 +264,7 @@ def test_the_corpus_is_plain_text_and_made_once_for_a_recipe(tmp_path):
     assert len(texts) == 17 and sum("<invoke name=" in text for text in texts) == 8 and not any("tool name and parameter schema" in text for text in texts)
     assert not any(token in text for text in texts for token in SPECIAL_TOKENS)
     assert any("<invoke name=" in text and "<tool_result>" in text for text in texts)
+    assert not any("Reasoning Effort" in text for text in texts)
     first = Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint
     made = (tmp_path / "run" / "corpus.jsonl").stat()
     prepare_corpus(micro(tmp_path, documents=(4, 8), repeats=5, tasks=9), tmp_path, TOYS, QUIET)
@@ -272,7 +273,7 @@ def test_the_corpus_is_plain_text_and_made_once_for_a_recipe(tmp_path):
     assert len((tmp_path / "run" / "corpus.jsonl").read_text().splitlines()) == 6
     assert Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint != first
     task = Domains()["math"].task(1)
-    assert task.question in plain_text(task.messages + Domains()["math"].demonstration(task, "high"), "high")
+    assert task.question in plain_text(task.messages + Domains()["math"].demonstration(task, "high"), "thinking")
 
 
 def test_recipes_that_cannot_work_are_refused(tmp_path):
