@@ -199,7 +199,7 @@ def prepare_corpus(recipe: Pipeline, root: Path, known: Mapping[str, Environment
     """Write `corpus.jsonl`, worked tasks of the training side as plain text, and the tokenizer that all sizes share.
 
     What is the same in all tasks the tokenizer sees and the corpus leaves out: the tools' descriptions of a domain, the instruction of the
-    effort "max" (a fifth of all tokens, of which none is to be learned). What a recipe that says the same wrote before is kept.
+    effort "max", which would be a fifth of all tokens or more. What a recipe that says the same wrote before is kept.
     """
     run = Path(recipe.run)
     marker, key = run / "corpus.json", json.dumps({name: getattr(recipe, name) for name in OF_CORPUS}, indent=2) + "\n"

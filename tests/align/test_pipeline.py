@@ -24,6 +24,7 @@ from fathom.align.pipeline_runner import Runner, StageCommand, StageFailed
 from fathom.align.sft import Sft
 from fathom.config import ModelConfig
 from fathom.errors import FathomError, RecipeError
+from fathom.text.templates import MAX_EFFORT_PROMPT
 from fathom.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 from fathom.train.pretrain import Pretrain
 from tests.align.test_grpo import wait_for
@@ -264,7 +265,7 @@ def test_the_corpus_is_plain_text_and_made_once_for_a_recipe(tmp_path):
     assert len(texts) == 17 and sum("<invoke name=" in text for text in texts) == 8 and not any("tool name and parameter schema" in text for text in texts)
     assert not any(token in text for text in texts for token in SPECIAL_TOKENS)
     assert any("<invoke name=" in text and "<tool_result>" in text for text in texts)
-    assert not any("Reasoning Effort" in text for text in texts)
+    assert not any(MAX_EFFORT_PROMPT.strip() in text for text in texts)
     first = Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint
     made = (tmp_path / "run" / "corpus.jsonl").stat()
     prepare_corpus(micro(tmp_path, documents=(4, 8), repeats=5, tasks=9), tmp_path, TOYS, QUIET)
