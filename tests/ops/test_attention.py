@@ -17,6 +17,7 @@ SHAPES = [(window, S) for window in (20, 70) for S in (1, window - 1, window, wi
 def without_native_kernels(monkeypatch):
     """These tests are about the implementations in PyTorch, which do all the work where there is no C compiler."""
     monkeypatch.setattr("fathom.ops.native.library.library", lambda: None)
+    monkeypatch.setattr("fathom.ops.native.tiles.kinds", lambda: 0)
 
 
 def problem(window, position, M, selected=None, start=None):

@@ -1,8 +1,11 @@
 """Dispatch: the last registered implementation that supports the arguments, else the definition; `using` decides."""
 
+import os
+import shutil
 import threading
 
 from fathom.ops.dispatch import composed, op, using
+from fathom.ops.native.library import library
 
 
 def make():
@@ -55,3 +58,8 @@ def test_a_preference_stays_in_its_own_thread():
         thread.start()
         thread.join()
     assert seen == ["even"]
+
+
+def test_kernels_compile_where_there_is_a_compiler():
+    """Else whatever needs them would be skipped in silence."""
+    assert os.environ.get("FATHOM_NATIVE") == "0" or shutil.which("cc") is None or library() is not None

@@ -25,6 +25,7 @@ X_SHAPES = [(), (1,), (7,), (2, 3), (1, 200)]
 def without_native_kernels(monkeypatch):
     """These tests are about the implementations in PyTorch, which do all the work where there is no C compiler."""
     monkeypatch.setattr("fathom.ops.native.library.library", lambda: None)
+    monkeypatch.setattr("fathom.ops.native.tiles.kinds", lambda: 0)
 
 
 def packed(kind, scale_dtype, shape, seed=0, low=90, high=130):

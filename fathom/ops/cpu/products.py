@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fathom.ops.native.tiles import suits_tiles, tiled_product
+
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _BIG_MATRIX, _BIG_PRODUCT = 1 << 16, 1 << 21  # numbers in the matrix, multiplications: below both, starting oneDNN costs more than it gains
 _BIG_ROW = 1 << 23  # multiplications for one row of a batch: below it, one call for all rows is faster
@@ -33,6 +35,8 @@ _WIDER_THAN_MKL = _wider_than_mkl()
 
 def times(x_NI: Tensor, matrix_OI: Tensor) -> Tensor:
     """x [..., I] times the transposed matrix [O, I] -> [..., O], without gradients; either may be a transposed view."""
+    if suits_tiles(x_NI, matrix_OI):
+        return tiled_product(x_NI, matrix_OI)
     if _suits_onednn(x_NI, matrix_OI):
         return _ONEDNN(_dense(x_NI), _dense(matrix_OI), None, "none", [], "")
     return F.linear(x_NI, matrix_OI)
@@ -40,6 +44,8 @@ def times(x_NI: Tensor, matrix_OI: Tensor) -> Tensor:
 
 def times_relu(x_NI: Tensor, matrix_OI: Tensor) -> Tensor:
     """`times` [..., O], negative numbers replaced by 0."""
+    if suits_tiles(x_NI, matrix_OI):
+        return tiled_product(x_NI, matrix_OI, relu=True)
     if _suits_onednn(x_NI, matrix_OI):
         return _ONEDNN(_dense(x_NI), _dense(matrix_OI), None, "relu", [], "")
     return F.linear(x_NI, matrix_OI).relu_()
@@ -63,7 +69,9 @@ def _transposed(x: Tensor) -> bool:
 
 def times_into(x_NI: Tensor, matrix_OI: Tensor, out_NO: Tensor) -> None:
     """`times` of two matrices, written to `out` [N, O]."""
-    if _WIDER_THAN_MKL and _suits_onednn(x_NI, matrix_OI):
+    if out_NO.stride(1) == 1 and suits_tiles(x_NI, matrix_OI):
+        tiled_product(x_NI, matrix_OI, out_NO=out_NO)
+    elif _WIDER_THAN_MKL and _suits_onednn(x_NI, matrix_OI):
         out_NO.copy_(times(x_NI, matrix_OI))
     else:
         torch.mm(x_NI, matrix_OI.T, out=out_NO)

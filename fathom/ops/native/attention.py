@@ -1,27 +1,44 @@
-"""Attention (report 2.3.1 - 2.3.3, eq. 27): for a few queries whole, reading the keys that they see where they lie; for many, the softmax between products."""
+"""Attention (report 2.3.1 - 2.3.3, eq. 27): for a few queries, reading the keys that they see where they lie; for many in tiles, without gradients; and
+the softmax between products."""
 
 import torch
 from torch import Tensor
 
 from fathom.ops.attention import Entries, Window, attention, column_gradients, column_probabilities
 from fathom.ops.native.library import library, ready, runs, threads
+from fathom.ops.native.tiles import in_tiles
 
 _ANY = (1 << 63) - 1
 _COLUMNS = 1 << 17  # of which a row fits a thread's stack
 _ROW, _QUERIES = 15, 128  # of a row, and of rows of several: with more, blocks of queries share what they read
+_TOGETHER, _HEADS = 16, 8  # keys that are packed together, and heads that share them
+_MOST = 1 << 15  # columns of a query in tiles, which lie in a thread's cache
 
 
 def _supports(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> bool:
     B, S, _, D = q_BSHD.shape
     keys = [window.kv_BTD] if entries is None else [window.kv_BTD, entries.kv_BMD]
-    return (0 < B * S and S <= _ROW and (S == 1 or B * S <= _QUERIES) and runs(q_BSHD, sink_H, *keys) and all(x.dtype is keys[0].dtype for x in keys)
-            and (entries is None or entries.kv_BMD.stride()[1:] == (D, 1)))
+    return (B * S > 0 and runs(q_BSHD, sink_H, *keys) and all(x.dtype is keys[0].dtype for x in keys)
+            and (entries is None or entries.kv_BMD.stride()[1:] == (D, 1))
+            and (_few(B, S) or q_BSHD.dtype is keys[0].dtype and in_tiles(q_BSHD.dtype) and D % _TOGETHER == 0 and _columns(window, entries) <= _MOST))
+
+
+def _few(B: int, S: int) -> bool:
+    return S <= _ROW and (S == 1 or B * S <= _QUERIES)
+
+
+def _columns(window: Window, entries: Entries | None) -> int:
+    """At most how many columns of scores a query has, in blocks of 16."""
+    far = 0 if entries is None else entries.kv_BMD.shape[1] if entries.selected_BSK is None else entries.selected_BSK.shape[2]
+    return -(-window.kv_BTD.shape[1] // _TOGETHER) * _TOGETHER + -(-far // _TOGETHER) * _TOGETHER + _TOGETHER
 
 
 @attention.register("native", supports=_supports)
 def attention_native(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> Tensor:
-    """`attention` for few queries, whatever they select; sums in float32 whatever the dtypes."""
+    """`attention`, whatever is selected; sums in float32 whatever the dtypes."""
     B, S, H, D = q_BSHD.shape
+    if not _few(B, S):
+        return _attention_of_many(q_BSHD, window, entries, sink_H)
     q, sink, kv_BTD = ready(q_BSHD), ready(sink_H), window.kv_BTD.contiguous()
     places = [x.contiguous() for x in window[1:]]
     T, K, entry_row, kv_BMD, visible = kv_BTD.shape[1], 0, 0, None, [None, None, None]
@@ -37,6 +54,24 @@ def attention_native(q_BSHD: Tensor, window: Window, entries: Entries | None, si
         *(None if x is None else x.data_ptr() for x in (*places, *visible)), sink.data_ptr(), B, S, H, D, T, K, entry_row, max(1, most),
         out_BSHD.data_ptr(), threads(B * S * H * D * most))
     return out_BSHD.to(q_BSHD.dtype)
+
+
+def _attention_of_many(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> Tensor:
+    (B, S, H, D), T = q_BSHD.shape, window.kv_BTD.shape[1]
+    q, sink, kv_BTD, places = q_BSHD.contiguous(), ready(sink_H), window.kv_BTD.contiguous(), [x.contiguous() for x in window[1:]]
+    kv_BMD, visible, M, K = None, [None, None, None], 0, 0
+    if entries is not None:
+        kv_BMD, M, visible = entries.kv_BMD, entries.kv_BMD.shape[1], [None if x is None else x.contiguous() for x in entries[1:]]
+        K = 0 if visible[2] is None else visible[2].shape[2]
+    own, most, shared = torch.get_num_threads(), _columns(window, entries), T if K else T + M
+    packed = torch.empty(D * (shared + 2 * _TOGETHER), dtype=torch.int32)
+    score, space = torch.empty(own, _HEADS, most), torch.empty(own, D * (K + _TOGETHER), dtype=torch.int32)
+    out_BSHD = torch.empty_like(q)
+    library().fathom_attention_of_many(
+        q.data_ptr(), kv_BTD.data_ptr(), None if kv_BMD is None else kv_BMD.data_ptr(), q.dtype is torch.bfloat16,
+        *(None if x is None else x.data_ptr() for x in (*places[1:], places[0], *visible)), sink.data_ptr(), B, S, H, D, T, M, K, kv_BTD.stride(0),
+        0 if kv_BMD is None else kv_BMD.stride(0), most, packed.data_ptr(), score.data_ptr(), space.data_ptr(), out_BSHD.data_ptr(), own)
+    return out_BSHD
 
 
 @column_probabilities.register("native", supports=lambda score_BCHJ, window, entries, sink_H, scale, dtype: (

@@ -1,28 +1,5 @@
 /* What lies between the products of many tokens, where torch would make a pass over memory for each operation. Sums are in float32. */
 
-ALWAYS lanes load_part(const void *numbers, int bf16, long index, long count) {
-    if (bf16) {
-        const uint16_t *from = (const uint16_t *)numbers + index;
-        return count < LANES ? load_rest_bf16(from, count) : load_bf16(from);
-    }
-    const float *from = (const float *)numbers + index;
-    return count < LANES ? load_rest(from, count) : load(from);
-}
-
-/* Up to 16 numbers to `out` from its `index`-th on. */
-ALWAYS void store_part(lanes x, void *out, int bf16, long index, long count) {
-    words bits = (words)x;
-    shorts narrow = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, shorts);
-    if (bf16 && count >= LANES) *(shorts *)((uint16_t *)out + index) = narrow;
-    else if (bf16) memcpy((uint16_t *)out + index, &narrow, count * sizeof(uint16_t));
-    else if (count >= LANES) *(lanes *)((float *)out + index) = x;
-    else memcpy((float *)out + index, &x, count * sizeof(float));
-}
-
-ALWAYS lanes chosen(words mask, lanes x, lanes other) { return (lanes)(((words)x & mask) | ((words)other & ~mask)); }
-
-static inline lanes all(float number) { return (lanes){0} + number; }
-
 /* A row's scores [J] to probabilities: e^(scale x) where it is seen, over the sum of these and of e^sink, whose share stands last. */
 ALWAYS void softmax_row(const void *score, int bf16, long row, long J, float scale, const uint32_t *seen, float sink, float *made, void *out,
                         int out_bf16) {

@@ -1,32 +1,48 @@
-"""What a compressor reads of a few tokens, in one call, and the pooling of any number."""
+"""What a compressor reads of tokens, of a few in one call, and the pooling of any number."""
 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fathom.ops.compress import compressor_inputs, pool_blocks
-from fathom.ops.linear import Layer
+from fathom.ops.linear import Layer, Matrix
 from fathom.ops.native.library import library, plain, projects, ready, runs, threads, trains, used
 from fathom.ops.native.linear import most_rows
+from fathom.ops.native.tiles import suits_tiles, tiled_product
+from fathom.ops.rounding import EXACT
 
 
 def _supports(x_BSW: Tensor, value: Layer, gate: Layer, bias_RC: Tensor, position_BS: Tensor) -> bool:
     if (layers := plain(value, gate)) is None:
         return False
-    C, W = layers[0].matrix.shape
-    return (x_BSW.shape[:-1] == position_BS.shape and x_BSW.shape[-1] == W and layers[1].matrix.shape == (C, W) and bias_RC.shape[1] == C
-            and position_BS.dtype is torch.int64 and 0 < position_BS.numel() <= most_rows(layers[0].matrix)
-            and projects(x_BSW, *layers, in_float32=True))
+    matrix, other = (layer.matrix for layer in layers)
+    if not (matrix.shape == other.shape and x_BSW.shape == (*position_BS.shape, matrix.shape[1]) and bias_RC.shape[1] == len(matrix)
+            and position_BS.dtype is torch.int64):
+        return False
+    if _few(position_BS, matrix):
+        return projects(x_BSW, *layers, in_float32=True)
+    return (all(each.in_float32 and each.rounding is EXACT and isinstance(each.matrix, Tensor) for each in layers) and runs(x_BSW, matrix, other, bias_RC)
+            and matrix.dtype is other.dtype and suits_tiles(x_BSW, matrix))
+
+
+def _few(position_BS: Tensor, matrix: Matrix) -> bool:
+    return 0 < position_BS.numel() <= most_rows(matrix)
 
 
 @compressor_inputs.register("native", supports=_supports)
 def compressor_inputs_native(x_BSW: Tensor, value: Layer, gate: Layer, bias_RC: Tensor, position_BS: Tensor) -> Tensor:
-    """`compressor_inputs` for few tokens."""
+    """`compressor_inputs`; products of bfloat16 are summed, and kept, in float32."""
     values, scores = plain(value, gate)
     (C, W), x, bias, position = values.matrix.shape, x_BSW.contiguous(), ready(bias_RC), position_BS.contiguous()
     out_BSC = torch.empty(*position.shape, 2 * C)
+    if not _few(position_BS, values.matrix):
+        for projection, out_NC in zip((values, scores), out_BSC.view(-1, 2 * C).chunk(2, 1), strict=True):
+            tiled_product(x, projection.matrix, out_NO=out_NC)
+        out_BSC[..., C:] += F.embedding(position % len(bias), bias)
+        return out_BSC
     library().fathom_compressor_inputs(x.data_ptr(), x.dtype is torch.bfloat16, *used(values), *used(scores), bias.data_ptr(), position.data_ptr(),
                                        position.numel(), W, C, len(bias), out_BSC.data_ptr(), torch.get_num_threads())
     return out_BSC

@@ -1,4 +1,5 @@
-"""Experts: of a few pairs of token and expert whole, plain or packed, an expert's three matrices being read once; of many, what lies between products."""
+"""Experts: of a few pairs of token and expert whole, plain or packed, an expert's three matrices being read once; of many whole in tiles, if plain and
+without gradients, else what lies between products."""
 
 import torch
 from torch import Tensor
@@ -8,25 +9,31 @@ from fathom.ops.experts import expert_hidden, expert_hidden_gradients, routed_ex
 from fathom.ops.linear import Layer, Matrix
 from fathom.ops.native.library import ROUNDS, kind_of, known, library, places, plain, projects, reads, ready, runs, threads, trains, used
 from fathom.ops.native.linear import most_rows
+from fathom.ops.native.tiles import in_tiles
 from fathom.ops.rounding import EXACT, Rounding
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _PAIRS, _SHARE = 512, 16  # pairs, and pairs for each expert there is: above either, products of many rows are faster
+_TASK, _WHOLE = 48, 16  # pairs that a thread takes through an expert at a time; W and F are multiples of the latter there
 
 
 def _supports(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matrix, up_EFW: Matrix, down_EWF: Matrix, limit: float,
               rounding: Rounding = EXACT) -> bool:
     E, F, W = gate_EFW.shape
+    few = 0 < expert_NK.numel() <= min(_PAIRS, _SHARE * E)
     return ((*up_EFW.shape, *down_EWF.shape, x_NW.shape[1]) == (E, F, W, E, W, F, W) and expert_NK.shape == weight_NK.shape
-            and 0 < expert_NK.numel() <= min(_PAIRS, _SHARE * E)
-            and known(rounding) and runs(x_NW, weight_NK) and reads(gate_EFW, up_EFW, down_EWF))
+            and known(rounding) and runs(x_NW, weight_NK) and reads(gate_EFW, up_EFW, down_EWF)
+            and (few or rounding is EXACT and F % _WHOLE == W % _WHOLE == 0 and isinstance(gate_EFW, Tensor) and gate_EFW.dtype is x_NW.dtype
+                 and expert_NK.numel() > 0 and in_tiles(x_NW.dtype)))
 
 
 @routed_experts.register("native", supports=_supports)
 def routed_experts_native(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Matrix, up_EFW: Matrix, down_EWF: Matrix, limit: float,
                           rounding: Rounding = EXACT) -> Tensor:
-    """`routed_experts` for few pairs; sums in float32 whatever the dtypes."""
+    """`routed_experts`; sums in float32 whatever the dtypes."""
     (N, K), (E, F, W), kind = expert_NK.shape, gate_EFW.shape, kind_of(gate_EFW)
+    if N * K > min(_PAIRS, _SHARE * E):
+        return _experts_of_many(x_NW, expert_NK, weight_NK, gate_EFW, up_EFW, down_EWF, limit)
     x, weight_NK, expert_NK = ready(x_NW), ready(weight_NK), expert_NK.contiguous()
     order_P, own_PW, hidden_PF = torch.empty(N * K, dtype=torch.int64), torch.empty(N * K, W), torch.empty(N * K, F)
     unknown = library().fathom_experts_in(
@@ -39,6 +46,21 @@ def routed_experts_native(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, ga
         hidden_PF.data_ptr(), expert_NK.data_ptr(), order_P.data_ptr(), *places(down_EWF), kind, N, K, F, W, own_PF.data_ptr(), part_PW.data_ptr(),
         out_NW.data_ptr(), threads(F * W))
     return out_NW
+
+
+def _experts_of_many(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, gate_EFW: Tensor, up_EFW: Tensor, down_EWF: Tensor, limit: float) -> Tensor:
+    (N, K), (E, F, W), threads = expert_NK.shape, gate_EFW.shape, torch.get_num_threads()
+    x, weight, expert_P = x_NW.contiguous(), ready(weight_NK), expert_NK.flatten()
+    order_P, ends_E = expert_P.argsort(stable=True), expert_P.bincount(minlength=E).cumsum(0)
+    if len(ends_E) != E:
+        raise IndexError(f"an expert is none of the {E}: {sorted(set(expert_P.tolist()))}")
+    out_PW, tasks = x.new_empty(N * K, W), torch.empty(N * K // _TASK + E, 3, dtype=torch.int64)
+    space = torch.empty(threads, _TASK * (W + F), dtype=torch.int32)
+    library().fathom_experts_of_many(
+        x.data_ptr(), x.dtype is torch.bfloat16, order_P.data_ptr(), K, weight.data_ptr(), ends_E.data_ptr(), gate_EFW.data_ptr(), up_EFW.data_ptr(),
+        down_EWF.data_ptr(), E, W, F, limit, out_PW.data_ptr(), tasks.data_ptr(), space.data_ptr(), threads)
+    back_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(N * K))
+    return sum_rows(out_PW, back_P.view(N, K))
 
 
 def _one(x: Tensor, gate: Layer, up: Layer, down: Layer, limit: float) -> bool:

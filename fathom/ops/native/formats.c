@@ -5,12 +5,29 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t shorts __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t loose_words __attribute__((vector_size(64), aligned(1), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
 enum { LANES = 16 };
+
+static inline int thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+#define ALWAYS static inline __attribute__((always_inline)) /* for what is known while compiling */
 
 static inline lanes load(const float *numbers) { return *(const lanes *)numbers; }
 
@@ -30,6 +47,29 @@ static inline lanes load_rest_bf16(const uint16_t *numbers, long count) {
     memcpy(found, numbers, count * sizeof(uint16_t));
     return load_bf16(found);
 }
+
+ALWAYS lanes load_part(const void *numbers, int bf16, long index, long count) {
+    if (bf16) {
+        const uint16_t *from = (const uint16_t *)numbers + index;
+        return count < LANES ? load_rest_bf16(from, count) : load_bf16(from);
+    }
+    const float *from = (const float *)numbers + index;
+    return count < LANES ? load_rest(from, count) : load(from);
+}
+
+/* Up to 16 numbers to `out` from its `index`-th on. */
+ALWAYS void store_part(lanes x, void *out, int bf16, long index, long count) {
+    words bits = (words)x;
+    shorts narrow = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, shorts);
+    if (bf16 && count >= LANES) *(shorts *)((uint16_t *)out + index) = narrow;
+    else if (bf16) memcpy((uint16_t *)out + index, &narrow, count * sizeof(uint16_t));
+    else if (count >= LANES) *(lanes *)((float *)out + index) = x;
+    else memcpy((float *)out + index, &x, count * sizeof(float));
+}
+
+ALWAYS lanes chosen(words mask, lanes x, lanes other) { return (lanes)(((words)x & mask) | ((words)other & ~mask)); }
+
+static inline lanes all(float number) { return (lanes){0} + number; }
 
 static inline float one(const float *number) { return *number; }
 

@@ -4,8 +4,6 @@
    its length alone: neither the threads nor the other tokens of a call show in a bit of the result. Everything is contiguous, sums are
    in float32; `bf16` says that numbers are bfloat16. The Python files beside this one say what is computed. */
 
-#define ALWAYS static inline __attribute__((always_inline)) /* for what is known while compiling */
-
 #if defined(__clang__) || __GNUC__ >= 12
 #define MOVED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #else
@@ -44,6 +42,8 @@ static inline lanes exponential(lanes x) {
     lanes sum = 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
     return (lanes)((words)sum + ((words)shifted << 23));
 }
+
+static inline lanes gate(lanes x) { return 1 / (1 + exponential(-x)); }
 
 /* x [length] -> e^(x - top); returns their sum. */
 static inline float exponentials(float *x, long length, float top) {
@@ -308,56 +308,46 @@ void fathom_stream_coefficients(const float *x, const float *fn, const float *ba
     }
 }
 
-/* sum += factor times `length` numbers from the `index`-th on. */
-static inline void add(float *sum, float factor, const void *numbers, int bf16, long index, long length) {
-    if (bf16) add_bf16(sum, factor, (const uint16_t *)numbers + index, length);
-    else add_float(sum, factor, (const float *)numbers + index, length);
-}
-
-/* sum_n factor[n step] rows[n] of N rows [W] -> out. */
-ALWAYS void weigh(const float *rows, long N, const float *factor, long step, long W, float *out) {
-    long w = 0;
-    for (; w + LANES <= W; w += LANES) {
-        lanes sum = factor[0] * load(rows + w);
-        for (long n = 1; n < N; n++) sum += factor[n * step] * load(rows + n * W + w);
-        *(lanes *)(out + w) = sum;
-    }
-    for (; w < W; w++) {
-        float sum = factor[0] * rows[w];
-        for (long n = 1; n < N; n++) sum += factor[n * step] * rows[n * W + w];
-        out[w] = sum;
+/* sum_n factor[n] rows[n] of N rows [W] from the `index`-th number on -> out, from its `place`-th on. */
+ALWAYS void weigh(const void *rows, int bf16, long index, long N, const float *factor, long W, void *out, long place) {
+    for (long w = 0; w < W; w += LANES) {
+        lanes sum = factor[0] * load_part(rows, bf16, index + w, W - w);
+        for (long n = 1; n < N; n++) sum += factor[n] * load_part(rows, bf16, index + n * W + w, W - w);
+        store_part(sum, out, bf16, place + w, W - w);
     }
 }
 
-static inline void weigh_any(const void *rows, int bf16, long index, long N, const float *factor, long step, long W, float *out) {
-    if (!bf16 && N == 4) weigh((const float *)rows + index, 4, factor, step, W, out);
-    else {
-        memset(out, 0, W * sizeof(float));
-        for (long n = 0; n < N; n++) add(out, factor[n * step], rows, bf16, index + n * W, W);
-    }
+static inline void weigh_any(const void *rows, int bf16, long index, long N, const float *factor, long W, void *out, long place) {
+    if (N == 4 && bf16) weigh(rows, 1, index, 4, factor, W, out, place);
+    else if (N == 4) weigh(rows, 0, index, 4, factor, W, out, place);
+    else weigh(rows, bf16, index, N, factor, W, out, place);
+}
+
+/* The N new streams of one token. */
+ALWAYS void streams_of(const void *x, const void *y, int bf16, const float *post, const float *res, long t, long N, long W, void *out) {
+    for (long k = 0; k < N; k++)
+        for (long w = 0; w < W; w += LANES) {
+            lanes sum = res[t * N * N + k] * load_part(x, bf16, t * N * W + w, W - w);
+            for (long n = 1; n < N; n++) sum += res[(t * N + n) * N + k] * load_part(x, bf16, (t * N + n) * W + w, W - w);
+            store_part(sum + post[t * N + k] * load_part(y, bf16, t * W + w, W - w), out, bf16, (t * N + k) * W + w, W - w);
+        }
 }
 
 /* sum_n pre_n x_n [T, W] of x [T, N, W] (eq. 1). */
 void fathom_streams_in(const void *x, int bf16, const float *pre, long T, long N, long W, void *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long t = 0; t < T; t++) {
-        float sum[W];
-        weigh_any(x, bf16, t * N * W, N, pre + t * N, 1, W, sum);
-        put(sum, W, out, bf16, t * W);
-    }
+    for (long t = 0; t < T; t++) weigh_any(x, bf16, t * N * W, N, pre + t * N, W, out, t * W);
 }
 
 /* New streams [T, N, W]: post_k y + sum_j res[j, k] x_j (eq. 1). */
 void fathom_streams_out(const void *x, const void *y, int bf16, const float *post, const float *res, long T, long N, long W, void *out,
                         int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long t = 0; t < T; t++)
-        for (long k = 0; k < N; k++) {
-            float sum[W];
-            weigh_any(x, bf16, t * N * W, N, res + t * N * N + k, N, W, sum);
-            add(sum, post[t * N + k], y, bf16, t * W, W);
-            put(sum, W, out, bf16, (t * N + k) * W);
-        }
+    for (long t = 0; t < T; t++) {
+        if (N == 4 && bf16) streams_of(x, y, 1, post, res, t, 4, W, out);
+        else if (N == 4) streams_of(x, y, 0, post, res, t, 4, W, out);
+        else streams_of(x, y, bf16, post, res, t, N, W, out);
+    }
 }
 
 /* scale q_n . key_j for each of n heads [., D] and `seen` keys -> score [n, seen]. */
@@ -456,22 +446,77 @@ static inline uint32_t rank_of(float score) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* The k-th largest rank of `length` scores, 11 bits at a time, and how many of its equals belong to the k best. */
+/* The k-th largest rank of `length` scores, 8 bits at a time, and how many of its equals belong to the k best. */
 static uint32_t kth_rank(const float *score, long length, long k, long *equals) {
-    static const int shifts[3] = {21, 10, 0}, bits[3] = {11, 11, 10};
     uint32_t found = 0, mask = 0;
-    for (int pass = 0; pass < 3; pass++) {
-        long counts[1 << 11] = {0}, bucket = (1L << bits[pass]) - 1;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        uint32_t counts[256] = {0}, bucket = 255;
         for (long m = 0; m < length; m++) {
             uint32_t rank = rank_of(score[m]);
-            if ((rank & mask) == found) counts[rank >> shifts[pass] & bucket]++;
+            if ((rank & mask) == found) counts[rank >> shift & 255]++;
         }
         for (; counts[bucket] < k; bucket--) k -= counts[bucket];
-        found |= (uint32_t)bucket << shifts[pass];
-        mask |= ((1u << bits[pass]) - 1) << shifts[pass];
+        found |= bucket << shift;
+        mask |= 255u << shift;
     }
     *equals = k;
     return found;
+}
+
+/* The places of scores that are no less than `least`, at most `room` of them; returns how many, or -1 where there are more. */
+static long places_from(const float *score, long count, float least, long room, int64_t *place) {
+    long found = 0, m = 0;
+#ifdef __AVX512F__
+    for (; m + LANES <= count; m += LANES)
+        for (uint32_t bits = _mm512_cmp_ps_mask((__m512)load(score + m), (__m512)((lanes){0} + least), _CMP_GE_OQ); bits; bits &= bits - 1) {
+            if (found == room) return -1;
+            place[found++] = m + __builtin_ctz(bits);
+        }
+#endif
+    for (; m < count; m++)
+        if (score[m] >= least) {
+            if (found == room) return -1;
+            place[found++] = m;
+        }
+    return found;
+}
+
+enum { MOST_GROUPS = 8192 };
+
+/* Slots [K] of the K best of `count` scores, the first of which is slot `first`: ascending, of equals the earlier; -1 behind the last.
+   Among many, only those are looked at that are no less than the K-th best of 2 K groups' maxima: K groups at least hold one such. */
+static void best_slots(const float *score, long first, long count, long K, int64_t *slots) {
+    long equals, taken = 0, groups = (2 * K + LANES - 1) / LANES * LANES, room = 2 * groups, found = -1;
+    if (count <= K) {
+        for (long k = 0; k < K; k++) slots[k] = k < count ? first + k : -1;
+        return;
+    }
+    if (groups <= MOST_GROUPS && count >= room) {
+        float most[groups], kept[room], least;
+        int64_t place[room];
+        memcpy(most, score, sizeof most);
+        for (long m = groups; m < count; m += groups) {
+            long g = 0;
+            for (; g < groups && m + g + LANES <= count; g += LANES) *(lanes *)(most + g) = larger(load(score + m + g), load(most + g));
+            for (; g < groups && m + g < count; g++) most[g] = score[m + g] > most[g] ? score[m + g] : most[g];
+        }
+        uint32_t rank = kth_rank(most, groups, K, &equals), bits = rank & 0x80000000u ? rank & 0x7fffffffu : ~rank;
+        memcpy(&least, &bits, 4);
+        found = places_from(score, count, least, room, place);
+        if (found < K) found = -1; /* scores that are no numbers */
+        for (long i = 0; i < found; i++) kept[i] = score[place[i]];
+        uint32_t last = found < 0 ? 0 : kth_rank(kept, found, K, &equals);
+        for (long i = 0; i < found; i++) {
+            rank = rank_of(kept[i]);
+            if (rank > last || (rank == last && equals-- > 0)) slots[taken++] = first + place[i];
+        }
+    }
+    if (found >= 0) return;
+    uint32_t last = kth_rank(score, count, K, &equals);
+    for (long m = 0; m < count; m++) {
+        uint32_t rank = rank_of(score[m]);
+        if (rank > last || (rank == last && equals-- > 0)) slots[taken++] = first + m;
+    }
 }
 
 /* Slots [B S, K] of the K best of each query's `count` entries from `first` on, ascending, of equals the earlier; -1 behind the last.
@@ -483,7 +528,7 @@ void fathom_index_topk(const float *q, const float *weight, const void *keys, in
         long visible = count[s];
         int64_t *slots = selected + s * K;
         if (visible <= K) {
-            for (long k = 0; k < K; k++) slots[k] = k < visible ? first[s] + k : -1;
+            best_slots(NULL, first[s], visible, K, slots);
             continue;
         }
         const void *row = nth(keys, bf16, s / S * key_row + first[s] * D, 1);
@@ -509,11 +554,6 @@ void fathom_index_topk(const float *q, const float *weight, const void *keys, in
                 score[m] = head ? score[m] + sum : sum;
             }
         }
-        long equals, taken = 0;
-        uint32_t last = kth_rank(score, visible, K, &equals);
-        for (long m = 0; m < visible; m++) {
-            uint32_t rank = rank_of(score[m]);
-            if (rank > last || (rank == last && equals-- > 0)) slots[taken++] = first[s] + m;
-        }
+        best_slots(score, first[s], visible, K, slots);
     }
 }

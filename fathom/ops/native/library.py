@@ -32,7 +32,7 @@ ROUNDS = 8  # in a matrix's kind: its inputs are rounded
 _SHARED_WORK = 1 << 16  # numbers that are read: below it, one thread has done before a second one has begun
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _PROJECTION = [_P, _P, _I]
-_ERRORS = ("experts_in", "route")  # kernels that may refuse, and say so
+_ANSWERS = ("experts_in", "route", "tile_kinds")  # kernels that return a number: the first two 0, or that they refuse
 _ARGUMENTS = {
     "linear": [_P, _P, _I, _L, _L, _P, _L, _L, _P, _P, _I],
     "rms_normalise": [_P, _I, _P, _L, _L, _F, _P, _I],
@@ -56,7 +56,7 @@ _ARGUMENTS = {
     "pack_keys": [_P, _I, *[_L] * 3, _P],
     "unpack_keys": [_P, *[_L] * 5, _I, _P, _I],
     "open_streams": [_P, _I, *[_P] * 3, *[_L] * 4, _F, _F, *[_P] * 4, _I],
-    "streams_opened": [*[_P] * 4, *[_L] * 4, _F, _F, *[_P] * 5, _I],
+    "streams_opened": [_P, _I, *[_P] * 3, *[_L] * 4, _F, _F, *[_P] * 7, _I],
     "streams_opened_backward": [*[_P] * 9, *[_L] * 4, _F, *[_P] * 3, _I],
     "streams_in_backward": [*[_P] * 4, *[_L] * 3, _P, _P, _I],
     "streams_out_backward": [*[_P] * 5, *[_L] * 3, *[_P] * 4, _I],
@@ -67,6 +67,11 @@ _ARGUMENTS = {
     "rms_backward": [*[_P] * 3, _L, _L, _F, _P, _P, _I],
     "sum_rows": [_P, _I, _P, *[_L] * 3, _P, _I],
     "pool_backward": [*[_P] * 3, _L, *[_P] * 3, *[_L] * 3, _P, _P, _I],
+    "product": [_P, _L, _L, _P, _L, _L, _I, *[_L] * 3, _I, _P, _L, _I, _P, _P, _I],
+    "experts_of_many": [_P, _I, _P, _L, *[_P] * 5, *[_L] * 3, _F, *[_P] * 3, _I],
+    "index_topk_of_many": [*[_P] * 3, _I, _P, _P, *[_L] * 7, *[_P] * 3, _I],
+    "attention_of_many": [*[_P] * 3, _I, *[_P] * 7, *[_L] * 10, *[_P] * 4, _I],
+    "tile_kinds": [],
     "pool_blocks": [_P, _P, _L, *[_P] * 3, *[_L] * 3, _P, _I],
 }
 
@@ -89,7 +94,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for kernel_name, arguments in _ARGUMENTS.items():
         kernel = getattr(found, f"fathom_{kernel_name}")
-        kernel.argtypes, kernel.restype = arguments, _I if kernel_name in _ERRORS else None
+        kernel.argtypes, kernel.restype = arguments, _I if kernel_name in _ANSWERS else None
     return found
 
 

@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix, plain or packed: each row of the matrix is read once, for all rows of x."""
+"""Products of a few rows with a matrix, plain or packed, each row of which is read once for all rows of x; and of many rows, in tiles."""
 
 import math
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fathom.ops.linear import Matrix, grouped_linear, linear
 from fathom.ops.native.library import kind_of, library, places, reads, ready, runs, threads
+from fathom.ops.native.tiles import suits_tiles, tiled_product
 from fathom.quant.formats import Packed
 
 _ROWS = {torch.float32: 8, torch.bfloat16: 8}  # by the matrix's dtype: with more rows, oneDNN's blocks of them are faster
@@ -38,14 +39,29 @@ def _product(x: Tensor, weight: Matrix, groups: int) -> Tensor:
     return out_NO
 
 
-@linear.register("native", supports=lambda x, weight: _few(x, weight, x.shape[-1]))
+def _many(x: Tensor, weight: Matrix, groups: int) -> bool:
+    """Whether tiles suit the product of each of the groups, which all have x's last dimension."""
+    return (isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) % groups == 0 and runs(x, weight)
+            and suits_tiles(x[..., 0, :] if groups > 1 else x, weight[:len(weight) // groups]))
+
+
+@linear.register("native", supports=lambda x, weight: _few(x, weight, x.shape[-1]) or _many(x, weight, 1))
 def linear_native(x: Tensor, weight: Matrix) -> Tensor:
-    """`linear` for few rows; sums in float32 whatever the dtypes."""
+    """`linear`; sums in float32 whatever the dtypes."""
+    if not _few(x, weight, x.shape[-1]):
+        return tiled_product(x, weight)
     return _product(x, weight, 1).view(*x.shape[:-1], -1).to(x.dtype)
 
 
 @grouped_linear.register("native", supports=lambda x_BSGI, weight: (
-    _few(x_BSGI, weight, x_BSGI.shape[2] * x_BSGI.shape[3]) and weight.shape[0] % (_BLOCK * x_BSGI.shape[2]) == 0))
+    _few(x_BSGI, weight, x_BSGI.shape[2] * x_BSGI.shape[3]) and weight.shape[0] % (_BLOCK * x_BSGI.shape[2]) == 0
+    or _many(x_BSGI, weight, x_BSGI.shape[2])))
 def grouped_linear_native(x_BSGI: Tensor, weight: Matrix) -> Tensor:
-    """`grouped_linear` for few tokens; sums in float32 whatever the dtypes."""
-    return _product(x_BSGI, weight, x_BSGI.shape[2]).view(*x_BSGI.shape[:2], -1).to(x_BSGI.dtype)
+    """`grouped_linear`; sums in float32 whatever the dtypes."""
+    B, S, G, I = x_BSGI.shape
+    if _few(x_BSGI, weight, G * I):
+        return _product(x_BSGI, weight, G).view(B, S, -1).to(x_BSGI.dtype)
+    out_BSO = x_BSGI.new_empty(B, S, len(weight))
+    for x_NI, matrix_RI, out_NR in zip(x_BSGI.flatten(0, 1).unbind(1), weight.chunk(G), out_BSO.flatten(0, 1).chunk(G, 1), strict=True):
+        tiled_product(x_NI, matrix_RI, out_NO=out_NR)
+    return out_BSO

@@ -10,8 +10,6 @@ ALWAYS void project_on(const float *row, const float *rows, long N, long W, floa
         for (long n = 0; n < N; n++) out[n] = dot_float(row, rows + n * W, W);
 }
 
-static inline lanes gate(lanes x) { return 1 / (1 + exponential(-x)); }
-
 /* Sinkhorn's step number `step` divides by the sums of columns (even) or of rows: which sum a number (i, j) belongs to. */
 #define SUM_OF(step, i, j) ((step) % 2 ? (i) : (j))
 
@@ -56,14 +54,10 @@ ALWAYS void sinkhorn_backward(lanes *grad, long N, long iterations, const lanes 
         for (long j = 0; j < N; j++) grad[i * N + j] -= softmax[i * N + j] * sums[i];
 }
 
-/* Of 16 tokens from the t-th on, as far as there are so many: the products [T, R] over their RMS, and the logits made of them [R]. */
-ALWAYS void logits_of(const float *mix, const float *inverse_rms, const float *base, const float *scale, long T, long t, long N,
-                             lanes *normed, lanes *logits) {
-    long R = (2 + N) * N;
-    for (long r = 0; r < R; r++) {
-        float column[LANES] = {0};
-        for (long i = 0; i < LANES && t + i < T; i++) column[i] = mix[(t + i) * R + r] * inverse_rms[t + i];
-        normed[r] = load(column);
+/* Of 16 tokens their products with fn over their RMS, and the logits made of them [R]. */
+ALWAYS void logits_of(const lanes *mix, lanes inverse_rms, const float *base, const float *scale, long N, lanes *normed, lanes *logits) {
+    for (long r = 0; r < (2 + N) * N; r++) {
+        normed[r] = mix[r] * inverse_rms;
         logits[r] = normed[r] * scale[r < N ? 0 : r < 2 * N ? 1 : 2] + base[r];
     }
 }
@@ -82,27 +76,68 @@ ALWAYS void gather(const float *numbers, long count, long T, long t, lanes *rows
     }
 }
 
-ALWAYS void open_sixteen(const float *x, const float *mix, const float *base, const float *scale, long T, long t, long N, long W,
-                                long iterations, float eps, float norm_eps, float *inverse_rms, float *out, float *pre, float *post, float *res) {
+/* From the mix [R] of 16 tokens: the t-th and those behind it are opened. */
+ALWAYS void open_sixteen(const void *x, int bf16, const lanes *mix, lanes inverse_rms, const float *base, const float *scale, long T, long t, long N,
+                         long W, long iterations, float eps, void *out, float *pre, float *post, float *res) {
     long R = (2 + N) * N, last = t + LANES < T ? t + LANES : T;
     lanes normed[R], logits[R], softmax[N * N], kept[2 * iterations * N * N];
-    for (long i = t; i < last; i++) inverse_rms[i] = 1 / sqrtf(dot_float(x + i * N * W, x + i * N * W, N * W) / (N * W) + norm_eps);
-    logits_of(mix, inverse_rms, base, scale, T, t, N, normed, logits);
+    logits_of(mix, inverse_rms, base, scale, N, normed, logits);
     sinkhorn(logits + 2 * N, N, iterations, eps, softmax, kept);
     spread(kept + (2 * iterations - 1) * N * N, N * N, T, t, res);
     for (long n = 0; n < 2 * N; n++) logits[n] = n < N ? gate(logits[n]) + eps : 2 * gate(logits[n]);
     spread(logits, N, T, t, pre);
     spread(logits + N, N, T, t, post);
-    for (long i = t; i < last; i++) weigh(x + i * N * W, N, pre + i * N, 1, W, out + i * W);
+    for (long i = t; i < last; i++) weigh_any(x, bf16, i * N * W, N, pre + i * N, W, out, i * W);
 }
 
-/* From mix [T, R], the streams' products with fn: inverse_rms [T], a sublayer's input [T, W], pre and post [T, N], res [T, N, N] (eq. 1-8). */
-void fathom_streams_opened(const float *x, const float *mix, const float *base, const float *scale, long T, long N, long W, long iterations,
-                           float eps, float norm_eps, float *inverse_rms, float *out, float *pre, float *post, float *res, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long t = 0; t < T; t += LANES) {
-        if (N == 4) open_sixteen(x, mix, base, scale, T, t, 4, W, iterations, eps, norm_eps, inverse_rms, out, pre, post, res);
-        else open_sixteen(x, mix, base, scale, T, t, N, W, iterations, eps, norm_eps, inverse_rms, out, pre, post, res);
+/* The products of the tokens from the t-th on, at most 48, with fn [R, N W] -> mix [V][R], and the tokens' inverse RMS [V]; `columns` [N W, 48]. */
+static void mix_of(const void *x, int bf16, const float *fn, long T, long t, long N, long W, float norm_eps, uint32_t *columns, lanes *mix,
+                   lanes *inverse_rms) {
+    long R = (2 + N) * N, I = N * W, V = (T - t + LANES - 1) / LANES < WIDE ? (T - t + LANES - 1) / LANES : WIDE;
+    for (long v = 0; v < V; v++) {
+        const void *column[LANES];
+        long here = T - t - v * LANES < LANES ? T - t - v * LANES : LANES;
+        lanes squares = {0};
+        for (long c = 0; c < here; c++) column[c] = nth(x, bf16, t + v * LANES + c, I);
+        if (bf16) pack_widened(column, here, I, columns + v * I * LANES);
+        else pack_columns(column, here, I, 0, columns + v * I * LANES);
+        for (long i = 0; i < I; i++) {
+            lanes own = *(const lanes *)(columns + (v * I + i) * LANES);
+            squares += own * own;
+        }
+        for (long c = 0; c < LANES; c++) inverse_rms[v][c] = 1 / sqrtf(squares[c] / I + norm_eps);
+    }
+    for (long r = 0; r < R; r += ROWS) {
+        const uint32_t *row[ROWS];
+        lanes sums[ROWS * WIDE];
+        for (long i = 0; i < ROWS; i++) row[i] = (const uint32_t *)(fn + (r + i < R ? r + i : R - 1) * I);
+        KERNELS[0][0][V - 1](row, columns, I * LANES, I, sums);
+        for (long i = 0; i < ROWS && r + i < R; i++)
+            for (long v = 0; v < V; v++) mix[v * R + r + i] = sums[i * WIDE + v];
+    }
+}
+
+/* A sublayer's input [T, W], pre and post [T, N], res [T, N, N] (eq. 1-8), of either kind of x (of float32 where fn is null). The products with fn [T, R] are given in `mix` where fn is
+   null, else made, and kept there if it is not null; so is inverse_rms [T]. `space` [threads, N W, 48] is for use in between. */
+void fathom_streams_opened(const void *x, int bf16, const float *fn, const float *base, const float *scale, long T, long N, long W, long iterations,
+                           float eps, float norm_eps, float *mix, float *inverse_rms, void *out, float *pre, float *post, float *res, uint32_t *space,
+                           int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (long t = 0; t < T; t += SPAN) {
+        long R = (2 + N) * N;
+        lanes own[WIDE * R], rms[WIDE];
+        if (fn) mix_of(x, bf16, fn, T, t, N, W, norm_eps, space + (long)thread_number() * N * W * SPAN, own, rms);
+        for (long v = 0; v < WIDE && t + v * LANES < T; v++) {
+            long at = t + v * LANES;
+            if (fn && mix) spread(own + v * R, R, T, at, mix);
+            if (!fn) {
+                gather(mix, R, T, at, own + v * R);
+                for (long i = at; i < T && i < at + LANES; i++) rms[v][i - at] = 1 / sqrtf(dot_float((const float *)x + i * N * W, (const float *)x + i * N * W, N * W) / (N * W) + norm_eps);
+            }
+            if (inverse_rms) spread(rms + v, 1, T, at, inverse_rms);
+            if (N == 4) open_sixteen(x, bf16, own + v * R, rms[v], base, scale, T, at, 4, W, iterations, eps, out, pre, post, res);
+            else open_sixteen(x, bf16, own + v * R, rms[v], base, scale, T, at, N, W, iterations, eps, out, pre, post, res);
+        }
     }
 }
 
@@ -110,16 +145,17 @@ ALWAYS void reopen_sixteen(const float *x, const float *mix, const float *invers
                                   const float *grad, const float *pre_grad, const float *post_grad, const float *res_grad, long T, long t, long N,
                                   long W, long iterations, float eps, float *logits_grad, float *mix_grad, float *radial) {
     long R = (2 + N) * N, last = t + LANES < T ? t + LANES : T;
-    lanes normed[R], logits[R], softmax[N * N], kept[2 * iterations * N * N], found[R];
-    float along[N * LANES], column[LANES] = {0};
+    lanes normed[R], logits[R], softmax[N * N], kept[2 * iterations * N * N], found[R], rms;
+    float along[N * LANES];
     memset(along, 0, sizeof along);
     for (long i = t; i < last; i++) {
         float own[N];
         project_on(grad + i * W, x + i * N * W, N, W, own);
         for (long n = 0; n < N; n++) along[n * LANES + i - t] = own[n];
-        column[i - t] = inverse_rms[i];
     }
-    logits_of(mix, inverse_rms, base, scale, T, t, N, normed, logits);
+    gather(mix, R, T, t, found);
+    gather(inverse_rms, 1, T, t, &rms);
+    logits_of(found, rms, base, scale, N, normed, logits);
     sinkhorn(logits + 2 * N, N, iterations, eps, softmax, kept);
     gather(res_grad, N * N, T, t, found + 2 * N);
     sinkhorn_backward(found + 2 * N, N, iterations, softmax, kept);
@@ -130,7 +166,7 @@ ALWAYS void reopen_sixteen(const float *x, const float *mix, const float *invers
         found[n] = (n < N ? found[n] + load(along + n * LANES) : 2 * found[n]) * open * (1 - open);
     }
     spread(found, R, T, t, logits_grad);
-    lanes rms = load(column), inward = {0};
+    lanes inward = {0};
     for (long r = 0; r < R; r++) {
         found[r] *= scale[r < N ? 0 : r < 2 * N ? 1 : 2];
         inward += found[r] * normed[r];
@@ -173,10 +209,10 @@ void fathom_streams_in_backward(const float *x, const float *pre, const float *r
 ALWAYS void close_backward(const float *x, const float *y, const float *post, const float *res, const float *grad, long N, long W,
                                   float *x_grad, float *y_grad, float *post_grad, float *res_grad) {
     for (long j = 0; j < N; j++) {
-        weigh(grad, N, res + j * N, 1, W, x_grad + j * W);
+        weigh(grad, 0, 0, N, res + j * N, W, x_grad, j * W);
         project_on(x + j * W, grad, N, W, res_grad + j * N);
     }
-    weigh(grad, N, post, 1, W, y_grad);
+    weigh(grad, 0, 0, N, post, W, y_grad, 0);
     project_on(y, grad, N, W, post_grad);
 }
 

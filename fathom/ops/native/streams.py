@@ -1,6 +1,6 @@
 """Hyper-connections (report 2.2) in one pass over each token's numbers: of a few tokens, where torch makes a thousand small operations, and in training.
 
-Of many tokens the product with `fn` is left to oneDNN, and so are those of its gradients.
+The product with `fn` of many tokens is made in tiles where the processor suits them, else left to oneDNN, and so are those of its gradients.
 """
 
 import torch
@@ -9,10 +9,11 @@ from torch.autograd.function import once_differentiable
 
 from fathom.ops.cpu.products import times
 from fathom.ops.native.library import library, ready, runs, threads, trains
+from fathom.ops.native.tiles import in_tiles
 from fathom.ops.streams import open_streams, stream_coefficients, streams_in, streams_out
 
 _TOKENS = 64  # whose coefficients are made here: for more, a product for all of them is faster
-_GROUP = 256  # bfloat16 tokens that are widened together
+_TOGETHER = 48  # tokens that a thread opens together
 _KEPT = 1 << 12  # numbers of the Sinkhorn steps of a token that fit a thread's stack, sixteen tokens at a time
 
 
@@ -72,10 +73,8 @@ def open_streams_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tenso
     (B, S, N, W), x = X_BSNW.shape, X_BSNW.contiguous()
     fn, base, scale_3 = ready(fn), ready(base), ready(scale_3)
     if not _few(X_BSNW, fn, base, scale_3):
-        groups = [x] if x.dtype is torch.float32 else x.view(1, B * S, N, W).split(_GROUP, 1)
-        opened = [_opened(group.float(), fn, base, scale_3, iterations, eps, norm_eps)[:4] for group in groups]
-        out_TW, *coefficients = opened[0] if len(opened) == 1 else (torch.cat(parts, 1) for parts in zip(*opened, strict=True))
-        return out_TW.to(x.dtype).view(B, S, W), *(each.view(B, S, *each.shape[2:]) for each in coefficients)
+        out_BSW, *coefficients = _opened(x, fn, base, scale_3, iterations, eps, norm_eps, kept=False)[:4]
+        return out_BSW.to(x.dtype), *coefficients
     out_BSW, pre_BSN, post_BSN, res_BSNN = x.new_empty(B, S, W), torch.empty(B, S, N), torch.empty(B, S, N), torch.empty(B, S, N, N)
     library().fathom_open_streams(
         x.data_ptr(), x.dtype is torch.bfloat16, fn.data_ptr(), base.data_ptr(), scale_3.data_ptr(), B * S, N, W, iterations, eps, norm_eps,
@@ -99,15 +98,18 @@ def _streams_out(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN: Tens
     return out_BSNW
 
 
-def _opened(x_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float, norm_eps: float) -> tuple[Tensor, ...]:
-    """A sublayer's input [B, S, W], pre, post and res, and for the backward pass the products with fn [T, R] and the inverse RMS [T]."""
-    (B, S, N, W), T = x_BSNW.shape, x_BSNW.shape[0] * x_BSNW.shape[1]
-    mix_TR, inverse_rms_T = times(x_BSNW.view(T, N * W), fn), torch.empty(T)
-    out_BSW, pre_BSN, post_BSN, res_BSNN = (torch.empty(B, S, *shape) for shape in ((W,), (N,), (N,), (N, N)))
-    library().fathom_streams_opened(
-        x_BSNW.data_ptr(), mix_TR.data_ptr(), base.data_ptr(), scale_3.data_ptr(), T, N, W, iterations, eps, norm_eps, inverse_rms_T.data_ptr(),
-        out_BSW.data_ptr(), pre_BSN.data_ptr(), post_BSN.data_ptr(), res_BSNN.data_ptr(), threads(x_BSNW.numel()))
-    return out_BSW, pre_BSN, post_BSN, res_BSNN, mix_TR, inverse_rms_T
+def _opened(x_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float, norm_eps: float, kept: bool) -> list[Tensor | None]:
+    """A sublayer's input [B, S, W], pre, post and res; and if kept, for the backward pass, the products with fn [T, R] and the inverse RMS [T]."""
+    (B, S, N, W), T, R, tiled = x_BSNW.shape, x_BSNW.shape[0] * x_BSNW.shape[1], len(fn), in_tiles(torch.float32)
+    x = x_BSNW if tiled else x_BSNW.float()
+    mix_TR = times(x.view(T, N * W), fn) if not tiled else torch.empty(T, R) if kept else None
+    inverse_rms_T, own = torch.empty(T) if kept else None, threads(x.numel())
+    space = torch.empty(own, N * W * _TOGETHER) if tiled else None
+    made = [x.new_empty(B, S, W), *(torch.empty(B, S, *shape) for shape in ((N,), (N,), (N, N)))]
+    places = [None if each is None else each.data_ptr() for each in (mix_TR, inverse_rms_T, *made, space)]
+    library().fathom_streams_opened(x.data_ptr(), x.dtype is torch.bfloat16, fn.data_ptr() if tiled else None, base.data_ptr(), scale_3.data_ptr(), T, N, W,
+                                    iterations, eps, norm_eps, *places, own)
+    return [*made, mix_TR, inverse_rms_T]
 
 
 class _OpenStreams(torch.autograd.Function):
@@ -115,7 +117,7 @@ class _OpenStreams(torch.autograd.Function):
     def forward(ctx, X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
                 norm_eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, fn, base, scale_3 = X_BSNW.contiguous(), fn.contiguous(), base.contiguous(), scale_3.contiguous()
-        *outputs, mix_TR, inverse_rms_T = _opened(x, fn, base, scale_3, iterations, eps, norm_eps)
+        *outputs, mix_TR, inverse_rms_T = _opened(x, fn, base, scale_3, iterations, eps, norm_eps, kept=True)
         ctx.save_for_backward(x, fn, base, scale_3, mix_TR, inverse_rms_T, outputs[1])
         ctx.iterations, ctx.eps = iterations, eps
         return tuple(outputs)
