@@ -21,7 +21,7 @@ FLOORS = {
     "cli": 11}
 LAZY = ("fathom", "cli")  # the package itself and a room: may import inside functions, so that `import fathom` and `fathom --help` are instant
 FILE_LINES, FUNCTION_LINES = 400, 60
-BUDGETS = {"fathom": 32_400, "fathom.model": 1_500, "fathom.engine": 3_050}
+BUDGETS = {"fathom": 32_800, "fathom.model": 1_500, "fathom.engine": 3_050}
 OUTSIDE_BUDGET = {"fathom.model": "fathom.model.baselines"}
 SHAPE = re.compile(r"\[(\.\.\.|[A-Z])[^\]]*\]|_[A-Z]+\d?\b")  # [B, S, W] or a suffix as in q_BSHD
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
@@ -330,8 +330,8 @@ def test_sizes_are_counted():
     assert size_problems(parse(model)) == ["fathom.model: 1600 lines, allowed 1500"]
     baselines = {path.replace("model/", "model/baselines/"): text for path, text in model.items()}
     assert size_problems(parse(baselines)) == []
-    many = {f"fathom/lab/x{i}.py": "x = 1\n" * 400 for i in range(82)}
-    assert size_problems(parse(many)) == ["fathom: 32800 lines, allowed 32400"]
+    many = {f"fathom/lab/x{i}.py": "x = 1\n" * 400 for i in range(83)}
+    assert size_problems(parse(many)) == ["fathom: 33200 lines, allowed 32800"]
 
 
 @pytest.mark.parametrize("path, source, expected", [

@@ -69,6 +69,18 @@ def attention(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: T
 
 
 @op
+def attention_gradients(q_BSHD: Tensor, grad_BSHD: Tensor, window: Window, entries: Entries | None,
+                        sink_H: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """From the gradients of `attention`, those of queries [B, S, H, D], in their dtype, and of keys [B, T, D], entries [B, M, D] and sinks [H] in float32."""
+    wanted = [q_BSHD, window.kv_BTD, sink_H, *([] if entries is None else [entries.kv_BMD])]
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in wanted]
+        out_BSHD = attention.definition(leaves[0], window._replace(kv_BTD=leaves[1]), entries and entries._replace(kv_BMD=leaves[3]), leaves[2])
+        q_grad, kv_grad, sink_grad, *entries_grad = torch.autograd.grad(out_BSHD, leaves, grad_BSHD)
+    return q_grad, wide(kv_grad), wide(entries_grad[0]) if entries_grad else None, wide(sink_grad)
+
+
+@op
 def entry_mass(q_BSHD: Tensor, window: Window, entries: Entries, sink_H: Tensor) -> Tensor:
     """Attention [B, S, M] that each entry gets from all heads together under the joint softmax; the indexer's target."""
     keys_BJD = torch.cat([window.kv_BTD, entries.kv_BMD], 1)

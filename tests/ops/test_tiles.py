@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fathom import ops
-from fathom.ops.attention import visible_entries
+from fathom.ops.attention import attention_gradients, visible_entries
 from fathom.ops.cpu.products import times, times_into, times_relu
 from fathom.ops.index_topk import ascending
 from fathom.ops.linear import Projection
 from fathom.ops.native.library import library
-from fathom.ops.native.tiles import suits_tiles, tiled_product
+from fathom.ops.native.tiles import grouped_outer, grouped_product, suits_groups, suits_tiles, tiled_product
 from tests.ops import test_attention, test_experts, test_index_topk
 from tests.ops.test_native import DTYPES, assert_as_defined, native, random
 
@@ -76,6 +76,21 @@ def test_products_go_to_where_they_are_wanted_and_nowhere_else(dtype):
     assert torch.equal(times(x[:, 1], larger), tiled_product(x[:, 1], larger)) and torch.equal(times_relu(x, larger), tiled_product(x, larger, relu=True))
     times_into(x[:, 0], larger, wanted := torch.empty(70, 200, dtype=dtype))
     assert torch.equal(wanted, tiled_product(x[:, 0], larger))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(0, 60), min_size=1, max_size=7), O=st.integers(1, 100), half=st.integers(1, 40), dtype=st.sampled_from(DTYPES),
+       turned=st.booleans(), threads=st.integers(1, 4))
+def test_each_group_of_rows_has_its_own_matrix(sizes, O, half, dtype, turned, threads):  # noqa: E741
+    P, I, ends = sum(sizes), 2 * half, torch.tensor(sizes).cumsum(0)  # noqa: E741
+    x, y, matrix = random(P, I, dtype=dtype), random(P, O, seed=1, dtype=dtype), random(len(sizes), O, I, seed=2, dtype=dtype)
+    matrix = matrix.mT.contiguous().mT if turned else matrix
+    product, outer = with_threads(threads, lambda: (grouped_product(x, matrix, ends), grouped_outer(y, x, ends)))
+    assert suits_groups(x, matrix) and product.dtype == outer.dtype == dtype and outer.shape == matrix.shape
+    for group, (rows, its, own) in enumerate(zip(x.split(sizes), y.split(sizes), product.split(sizes), strict=True)):
+        assert_is_product(own, rows, matrix[group])
+        assert_is_product(outer[group], its.T, rows.T)
+    assert all(map(torch.equal, with_threads(1, lambda: (grouped_product(x, matrix, ends), grouped_outer(y, x, ends))), (product, outer)))
 
 
 def test_what_tiles_do_not_take_goes_elsewhere():
@@ -195,6 +210,59 @@ def test_attention_of_many_queries_is_the_definition(arguments, dtype):
         assert torch.equal(with_threads(threads, lambda: native(ops.attention, *arguments)), found)
     row = [type(x)(*(None if part is None else part[1:] for part in x)) if isinstance(x, tuple) else x for x in (window, entries)]
     assert torch.equal(native(ops.attention, q[1:], *row, sink), found[1:])
+
+
+@each_dtype
+@many_queries
+def test_gradients_of_attention_are_the_definitions(arguments, dtype):
+    q, window, entries, sink = test_attention.cast(arguments, dtype)
+    grad = random(*q.shape, seed=5, dtype=dtype)
+    exact = attention_gradients.definition(q.double(), grad.double(), window._replace(kv_BTD=window.kv_BTD.double()),
+                                           None if entries is None else entries._replace(kv_BMD=entries.kv_BMD.double()), sink.double())
+    found = native(attention_gradients, q, grad, window, entries, sink)
+    assert (found[2] is None) == (entries is None) and found[0].dtype == dtype and {x.dtype for x in found[1:] if x is not None} == {torch.float32}
+    for one, other in zip(found, exact, strict=True):
+        if one is not None and one.numel():
+            bound = (2e-6 if dtype is torch.float32 else 8e-3) * max(1.0, float(other.abs().max()))
+            torch.testing.assert_close(one.double(), other, atol=bound, rtol=0)
+    for threads in (1, 3):
+        again = with_threads(threads, lambda: native(attention_gradients, q, grad, window, entries, sink))
+        assert all(one is other is None or torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@torch.enable_grad()
+def test_attention_in_training_goes_through_tiles(monkeypatch):
+    """Both ways: with the kernels' calls counted."""
+    called, real = [], library()
+
+    class Counting:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(real, name)
+
+    monkeypatch.setattr("fathom.ops.native.attention.library", lambda: Counting())
+    arguments = test_attention.cast(MANY["packed, selected"], torch.float32)
+    found = test_attention.values_and_gradients(ops.attention, arguments)
+    assert called == ["fathom_attention_of_many", "fathom_attention_backward"]
+    expected = test_attention.values_and_gradients(ops.attention.definition, test_attention.cast(MANY["packed, selected"], torch.float64))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_gradients_of_experts_in_groups_are_those_of_experts_one_by_one(dtype, monkeypatch):
+    x, expert, weight, *matrices = test_experts.problem(300, 6, 2, 64, 48)
+    expert = expert.where(expert != 3, 2)  # one has nothing to do
+    results = []
+    for grouped in (3, 0):
+        monkeypatch.setattr("fathom.ops.native.tiles.kinds", lambda grouped=grouped: grouped)
+        leaves = [tensor.to(dtype if place != 1 else torch.float32).requires_grad_() for place, tensor in enumerate([x, weight, *(m / 8 for m in matrices)])]
+        with torch.enable_grad():
+            out = ops.routed_experts(leaves[0], expert, *leaves[1:], 1.5)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, random(*out.shape, seed=4).to(out.dtype))])
+    for one, other in zip(*results, strict=True):
+        bound = (1e-5 if dtype is torch.float32 else 2e-2) * float(other.abs().max())
+        torch.testing.assert_close(one, other, atol=bound, rtol=0)
 
 
 def test_there_are_attention_cases_of_every_kind():

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fathom.ops.cpu.products import rounded_rows, times, times_into
 from fathom.ops.experts import expert_hidden, expert_hidden_gradients, routed_experts, sum_rows
 from fathom.ops.linear import Matrix
+from fathom.ops.native.tiles import grouped_outer, grouped_product, suits_groups
 from fathom.ops.rounding import EXACT, Rounding
 
 _FEW_PAIRS = 64
@@ -21,7 +22,7 @@ class _Groups:
 
     def __init__(self, expert_NK: Tensor, experts: int):
         N, K = expert_NK.shape
-        self.chosen, self.experts = K, experts
+        self.chosen, self.experts, self.end_E = K, experts, None
         if N * K <= _FEW_PAIRS:  # plain Python is faster than that many small operations
             expert_P = expert_NK.flatten().tolist()
             order = sorted(range(N * K), key=expert_P.__getitem__)
@@ -32,11 +33,14 @@ class _Groups:
             expert_P = expert_NK.flatten()
             self.order_P = expert_P.argsort(stable=True)
             self.token_P = self.order_P // K
-            ends = expert_P.bincount(minlength=experts).cumsum(0).tolist()
+            self.end_E = expert_P.bincount(minlength=experts).cumsum(0)
+            ends = self.end_E.tolist()
             self.present = [(expert, begin, end) for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > begin]
 
     def times(self, x_PI: Tensor, matrix_EOI: Tensor) -> Tensor:
         """Each pair's row times its expert's transposed matrix [P, O]."""
+        if self.end_E is not None and suits_groups(x_PI, matrix_EOI):
+            return grouped_product(x_PI, matrix_EOI, self.end_E)
         out_PO = x_PI.new_empty(len(x_PI), matrix_EOI.shape[1])
         for expert, begin, end in self.present:  # what is written behind an expert's pairs is the next one's to overwrite
             rows = rounded_rows(x_PI, begin, end)
@@ -45,6 +49,8 @@ class _Groups:
 
     def outer(self, y_PO: Tensor, x_PI: Tensor) -> Tensor:
         """Sum of y x^T over each expert's pairs [E, O, I]."""
+        if self.end_E is not None and suits_groups(x_PI, y_PO[None].mT):
+            return grouped_outer(y_PO, x_PI, self.end_E)
         out_EOI = x_PI.new_empty(self.experts, y_PO.shape[1], x_PI.shape[1])
         for expert in set(range(self.experts)) - {expert for expert, _, _ in self.present}:
             out_EOI[expert] = 0

@@ -1,10 +1,10 @@
-"""Attention (report 2.3.1 - 2.3.3, eq. 27): for a few queries, reading the keys that they see where they lie; for many in tiles, without gradients; and
-the softmax between products."""
+"""Attention (report 2.3.1 - 2.3.3, eq. 27): for a few queries, reading the keys that they see where they lie; for many in tiles, with
+gradients; and the softmax between products."""
 
 import torch
 from torch import Tensor
 
-from fathom.ops.attention import Entries, Window, attention, column_gradients, column_probabilities
+from fathom.ops.attention import Entries, Window, attention, attention_gradients, column_gradients, column_probabilities
 from fathom.ops.native.library import library, ready, runs, threads
 from fathom.ops.native.tiles import in_tiles
 
@@ -17,10 +17,11 @@ _MOST = 1 << 15  # columns of a query in tiles, which lie in a thread's cache
 
 def _supports(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> bool:
     B, S, _, D = q_BSHD.shape
+    if not _few(B, S):
+        return _in_tiles(q_BSHD, window, entries, sink_H)
     keys = [window.kv_BTD] if entries is None else [window.kv_BTD, entries.kv_BMD]
     return (B * S > 0 and runs(q_BSHD, sink_H, *keys) and all(x.dtype is keys[0].dtype for x in keys)
-            and (entries is None or entries.kv_BMD.stride()[1:] == (D, 1))
-            and (_few(B, S) or q_BSHD.dtype is keys[0].dtype and in_tiles(q_BSHD.dtype) and D % _TOGETHER == 0 and _columns(window, entries) <= _MOST))
+            and (entries is None or entries.kv_BMD.stride()[1:] == (D, 1)))
 
 
 def _few(B: int, S: int) -> bool:
@@ -56,22 +57,53 @@ def attention_native(q_BSHD: Tensor, window: Window, entries: Entries | None, si
     return out_BSHD.to(q_BSHD.dtype)
 
 
-def _attention_of_many(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> Tensor:
-    (B, S, H, D), T = q_BSHD.shape, window.kv_BTD.shape[1]
-    q, sink, kv_BTD, places = q_BSHD.contiguous(), ready(sink_H), window.kv_BTD.contiguous(), [x.contiguous() for x in window[1:]]
-    kv_BMD, visible, M, K = None, [None, None, None], 0, 0
+def _in_tiles(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels for many queries take these, all of one dtype but the sinks."""
+    keys = [window.kv_BTD] if entries is None else [window.kv_BTD, entries.kv_BMD]
+    return (in_tiles(q_BSHD.dtype) and runs(q_BSHD, sink_H, *keys, *others) and all(x.dtype is q_BSHD.dtype for x in (*keys, *others))
+            and q_BSHD.numel() > 0 and q_BSHD.shape[3] % _TOGETHER == 0 and _columns(window, entries) <= _MOST
+            and (entries is None or entries.kv_BMD.stride()[1:] == (q_BSHD.shape[3], 1)))
+
+
+def _of_many(q: Tensor, window: Window, entries: Entries | None, sink_H: Tensor, scores: int) -> tuple[list, list[Tensor]]:
+    """What both kernels for many queries are told behind queries and gradients, and the tensors that have to live so long; `scores` rows of them a thread."""
+    (B, S, H, D), T, M, K, entry_row = q.shape, window.kv_BTD.shape[1], 0, 0, 0
+    read, kept = [x.contiguous() for x in window], [None] * 4
     if entries is not None:
-        kv_BMD, M, visible = entries.kv_BMD, entries.kv_BMD.shape[1], [None if x is None else x.contiguous() for x in entries[1:]]
-        K = 0 if visible[2] is None else visible[2].shape[2]
-    own, most, shared = torch.get_num_threads(), _columns(window, entries), T if K else T + M
-    packed = torch.empty(D * (shared + 2 * _TOGETHER), dtype=torch.int32)
-    score, space = torch.empty(own, _HEADS, most), torch.empty(own, D * (K + _TOGETHER), dtype=torch.int32)
+        M, entry_row, kept = entries.kv_BMD.shape[1], entries.kv_BMD.stride(0), [entries.kv_BMD, *(None if x is None else x.contiguous() for x in entries[1:])]
+        K = 0 if kept[3] is None else kept[3].shape[2]
+    own, most = torch.get_num_threads(), _columns(window, entries)
+    room = D * (K + 2 * _TOGETHER)
+    tensors = [read[0], kept[0], read[2], read[3], read[1], *kept[1:], ready(sink_H)]
+    spaces = [torch.empty(D * (T + M + 2 * _TOGETHER), dtype=torch.int32), torch.empty(own, scores, most), torch.empty(own, room, dtype=torch.int32)]
+    places = [None if x is None else x.data_ptr() for x in tensors]
+    arguments = [*places[:2], q.dtype is torch.bfloat16, *places[2:], B, S, H, D, T, M, K, entry_row, most, *(x.data_ptr() for x in spaces), room]
+    return arguments, [x for x in tensors if x is not None] + spaces
+
+
+def _attention_of_many(q_BSHD: Tensor, window: Window, entries: Entries | None, sink_H: Tensor) -> Tensor:
+    q = q_BSHD.contiguous()
+    arguments, kept = _of_many(q, window, entries, sink_H, _HEADS)
     out_BSHD = torch.empty_like(q)
-    library().fathom_attention_of_many(
-        q.data_ptr(), kv_BTD.data_ptr(), None if kv_BMD is None else kv_BMD.data_ptr(), q.dtype is torch.bfloat16,
-        *(None if x is None else x.data_ptr() for x in (*places[1:], places[0], *visible)), sink.data_ptr(), B, S, H, D, T, M, K, kv_BTD.stride(0),
-        0 if kv_BMD is None else kv_BMD.stride(0), most, packed.data_ptr(), score.data_ptr(), space.data_ptr(), out_BSHD.data_ptr(), own)
+    library().fathom_attention_of_many(q.data_ptr(), *arguments, out_BSHD.data_ptr(), torch.get_num_threads())
+    del kept
     return out_BSHD
+
+
+@attention_gradients.register("native", supports=lambda q_BSHD, grad_BSHD, window, entries, sink_H: _in_tiles(q_BSHD, window, entries, sink_H, grad_BSHD))
+def attention_gradients_native(q_BSHD: Tensor, grad_BSHD: Tensor, window: Window, entries: Entries | None,
+                               sink_H: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """`attention_gradients` of what each query sees and nothing else, its weights made anew; the same bits with any number of threads."""
+    (B, S, H, D), q, grad, own = q_BSHD.shape, q_BSHD.contiguous(), grad_BSHD.contiguous(), torch.get_num_threads()
+    arguments, kept = _of_many(q, window, entries, sink_H, 3 * _HEADS)
+    rows = -(-window.kv_BTD.shape[1] // _TOGETHER) * _TOGETHER + (0 if entries is None else -(-entries.kv_BMD.shape[1] // _TOGETHER) * _TOGETHER)
+    q_grad, window_grad, sink_grad_BSH, sums = torch.empty_like(q), torch.zeros(window.kv_BTD.shape), torch.empty(B, S, H), torch.empty(own, rows, D)
+    entries_grad = None if entries is None else torch.zeros(entries.kv_BMD.shape)
+    library().fathom_attention_backward(
+        q.data_ptr(), grad.data_ptr(), *arguments, sums.data_ptr(), q_grad.data_ptr(), window_grad.data_ptr(),
+        None if entries_grad is None else entries_grad.data_ptr(), sink_grad_BSH.data_ptr(), own)
+    del kept
+    return q_grad, window_grad, entries_grad, sink_grad_BSH.sum((0, 1))
 
 
 @column_probabilities.register("native", supports=lambda score_BCHJ, window, entries, sink_H, scale, dtype: (

@@ -6,5 +6,6 @@
 #include "between.c"
 #include "tiles.c"
 #include "many.c"
+#include "attention.c"
 #include "streams.c"
 #include "records.c"

@@ -68,9 +68,11 @@ _ARGUMENTS = {
     "sum_rows": [_P, _I, _P, *[_L] * 3, _P, _I],
     "pool_backward": [*[_P] * 3, _L, *[_P] * 3, *[_L] * 3, _P, _P, _I],
     "product": [_P, _L, _L, _P, _L, _L, _I, *[_L] * 3, _I, _P, _L, _I, _P, _P, _I],
+    "grouped_products": [_P, _P, *[_L] * 3, _I, _P, *[_L] * 4, _I, _P, _P, _L, _I],
     "experts_of_many": [_P, _I, _P, _L, *[_P] * 5, *[_L] * 3, _F, *[_P] * 3, _I],
     "index_topk_of_many": [*[_P] * 3, _I, _P, _P, *[_L] * 7, *[_P] * 3, _I],
-    "attention_of_many": [*[_P] * 3, _I, *[_P] * 7, *[_L] * 10, *[_P] * 4, _I],
+    "attention_of_many": [*[_P] * 3, _I, *[_P] * 7, *[_L] * 9, *[_P] * 3, _L, _P, _I],
+    "attention_backward": [*[_P] * 4, _I, *[_P] * 7, *[_L] * 9, *[_P] * 3, _L, *[_P] * 5, _I],
     "tile_kinds": [],
     "pool_blocks": [_P, _P, _L, *[_P] * 3, *[_L] * 3, _P, _I],
 }
@@ -186,7 +188,7 @@ def projects(x: Tensor, *projections: Projection, in_float32: bool = False) -> b
         matrix = projection.matrix
         if not reads(matrix) or len(matrix.shape) != 2 or not known(projection.rounding) or projection.in_float32 != in_float32:
             return False
-        if not isinstance(matrix, Packed) and matrix.dtype is not (torch.float32 if in_float32 else x.dtype):
+        if not isinstance(matrix, Packed) and matrix.dtype is not x.dtype and not (in_float32 and matrix.dtype in _NUMBERS):
             return False
     return runs(x)
 

@@ -186,39 +186,71 @@ static inline long share(long part, long parts, long length, long block) {
     return begin < length ? begin : length;
 }
 
+/* Rows `top` to `end` and columns `low` to `high`, which begins a tile, of x [N, I] times the transposed m [O, I] -> out, whose rows lie `out_row` apart: of packed
+   columns, and of x as it lies or, where it is given, of packed rows. */
+static void product_part(const void *x, long x_row, int bf16, long top, long end, long N, long low, long high, long I, int relu, void *out, long out_row,
+                         int out_bf16, const uint32_t *columns, const uint32_t *rows) {
+    long K = words_of(I, bf16), size = bf16 ? 2 : 4;
+    for (long o = low; o < high; o += SPAN) {
+        long V = (high - o + LANES - 1) / LANES < WIDE ? (high - o + LANES - 1) / LANES : WIDE;
+        tile_kernel *kernel = KERNELS[rows != NULL][bf16][V - 1];
+        for (long n = top; n < end; n += ROWS) {
+            const uint32_t *row[ROWS];
+            lanes sums[ROWS * WIDE];
+            for (long r = 0; r < ROWS; r++)
+                row[r] = rows ? rows + n * K + r : (const uint32_t *)((const char *)x + (n + r < N ? n + r : N - 1) * x_row * size);
+            kernel(row, columns + o * K, K * LANES, K, sums);
+            for (long r = 0; r < ROWS && n + r < N; r++)
+                for (long v = 0; v < V; v++) {
+                    lanes found = sums[r * WIDE + v];
+                    if (relu) found = chosen((words)(found > 0), found, all(0));
+                    store_part(found, out, out_bf16, (n + r) * out_row + o + v * LANES, high - o - v * LANES);
+                }
+        }
+    }
+}
+
 /* x [N, I] times the transposed m [O, I] -> out [N, O], whose rows lie `out_row` apart; negative numbers become 0 where `relu`. One step of each factor is 1.
-   `columns` [O, I] and, where x's numbers or an odd I want it, `space` [N, I], both rounded up to tiles, are for use in between. A thread takes
+   `columns` [O, I] and, where x's numbers or an odd I want it, `rows` [N, I], both rounded up to tiles, are for use in between. A thread takes
    some of the columns, which no other core then has to fetch from it; where these are few, some of the rows. */
 void fathom_product(const void *x, long x_row, long x_step, const void *m, long m_row, long m_step, int bf16, long N, long O, long I, int relu,
-                    void *out, long out_row, int out_bf16, uint32_t *columns, uint32_t *space, int threads) {
-    long K = words_of(I, bf16), size = bf16 ? 2 : 4, by_columns = O >= 2 * LANES * threads && 2 * O >= N;
+                    void *out, long out_row, int out_bf16, uint32_t *columns, uint32_t *rows, int threads) {
+    int by_columns = O >= 2 * LANES * threads && 2 * O >= N;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        long own = thread_number(), low = 0, high = O, top = 0, end = N;
-        if (by_columns) low = share(own, threads, O, LANES), high = share(own + 1, threads, O, LANES);
-        else top = share(own, threads, N, ROWS), end = share(own + 1, threads, N, ROWS);
-        if (space) pack_rows(x, x_row, x_step, bf16, share(own, threads, N, ROWS), share(own + 1, threads, N, ROWS), I, space);
-        if (by_columns) pack_matrix(m, m_row, m_step, bf16, low, high, I, columns);
-        else pack_matrix(m, m_row, m_step, bf16, share(own, threads, O, LANES), share(own + 1, threads, O, LANES), I, columns);
-        if (space || !by_columns) {
+        long own = thread_number(), low = share(own, threads, O, LANES), high = share(own + 1, threads, O, LANES);
+        long top = share(own, threads, N, ROWS), end = share(own + 1, threads, N, ROWS);
+        if (rows) pack_rows(x, x_row, x_step, bf16, top, end, I, rows);
+        pack_matrix(m, m_row, m_step, bf16, low, high, I, columns);
+        if (rows || !by_columns) {
 #pragma omp barrier
         }
-        for (long o = low; o < high; o += SPAN) {
-            long V = (high - o + LANES - 1) / LANES < WIDE ? (high - o + LANES - 1) / LANES : WIDE;
-            tile_kernel *kernel = KERNELS[space != NULL][bf16][V - 1];
-            for (long n = top; n < end; n += ROWS) {
-                const uint32_t *row[ROWS];
-                lanes sums[ROWS * WIDE];
-                for (long r = 0; r < ROWS; r++)
-                    row[r] = space ? space + n * K + r : (const uint32_t *)((const char *)x + (n + r < N ? n + r : N - 1) * x_row * size);
-                kernel(row, columns + o * K, K * LANES, K, sums);
-                for (long r = 0; r < ROWS && n + r < N; r++)
-                    for (long v = 0; v < V; v++) {
-                        lanes found = sums[r * WIDE + v];
-                        if (relu) found = chosen((words)(found > 0), found, all(0));
-                        store_part(found, out, out_bf16, (n + r) * out_row + o + v * LANES, O - o - v * LANES);
-                    }
-            }
+        if (by_columns) product_part(x, x_row, bf16, 0, N, N, low, high, I, relu, out, out_row, out_bf16, columns, rows);
+        else product_part(x, x_row, bf16, top, end, N, 0, O, I, relu, out, out_row, out_bf16, columns, rows);
+    }
+}
+
+/* Products of neighbouring rows, each with a matrix of its own, a thread each: of group g those before end[g], from the end of the one before on. With `outer` the
+   rows [P, N] and [P, O] of a group make one matrix, the sum of their products -> out [G, N, O]; else rows x [P, I] are multiplied with the transposed
+   m [G, O, I] -> out [P, O]. Only m may have steps. `space` [threads, room] holds packed factors of the largest group. */
+void fathom_grouped_products(const void *x, const void *m, long m_group, long m_row, long m_step, int bf16, const int64_t *end, long G, long N, long O,
+                             long I, int outer, void *out, uint32_t *space, long room, int threads) {
+    long size = bf16 ? 2 : 4;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (long g = 0; g < G; g++) {
+        long begin = g ? end[g - 1] : 0, P = end[g] - begin;
+        uint32_t *columns = space + thread_number() * room;
+        if (outer) {
+            void *own = (char *)out + g * N * O * size;
+            uint32_t *rows = columns + (O + LANES - 1) / LANES * LANES * words_of(P, bf16);
+            if (P == 0) memset(own, 0, N * O * size);
+            if (P == 0) continue;
+            pack_rows((const char *)x + begin * N * size, 1, N, bf16, 0, N, P, rows);
+            pack_matrix((const char *)m + begin * O * size, 1, O, bf16, 0, O, P, columns);
+            product_part(NULL, 0, bf16, 0, N, N, 0, O, P, 0, own, O, bf16, columns, rows);
+        } else if (P) {
+            pack_matrix((const char *)m + g * m_group * size, m_row, m_step, bf16, 0, O, I, columns);
+            product_part((const char *)x + begin * I * size, I, bf16, 0, P, P, 0, O, I, 0, (char *)out + begin * O * size, O, bf16, columns, NULL);
         }
     }
 }

@@ -29,7 +29,7 @@ def in_tiles(dtype: torch.dtype) -> bool:
 
 
 def suits_tiles(x_NI: Tensor, matrix_OI: Tensor) -> bool:
-    """Whether `tiled_product` takes these, and is faster than other products."""
+    """Whether `tiled_product` takes x [..., I] and a matrix [O, I], and is faster than other products."""
     (O, I), N = matrix_OI.shape, x_NI.numel() // max(1, x_NI.shape[-1])
     return (N >= _LEAST_ROWS and O >= _COLUMNS and N * O * I >= _LEAST_WORK and x_NI.dtype is matrix_OI.dtype and in_tiles(x_NI.dtype)
             and x_NI.is_cpu and matrix_OI.is_cpu and x_NI.shape[-1] == I and 1 in matrix_OI.stride() and type(x_NI) in (Tensor, torch.nn.Parameter))
@@ -46,10 +46,44 @@ def tiled_product(x_NI: Tensor, matrix_OI: Tensor, dtype: torch.dtype | None = N
     if out_NO is None:
         out_NO = x.new_empty(N, O, dtype=dtype or x.dtype)
     words = (I + 1) // 2 if narrow else I
-    columns = torch.empty(-(-O // _COLUMNS) * _COLUMNS * words, dtype=torch.int32)
+    columns = torch.empty(_up(O, _COLUMNS) * words, dtype=torch.int32)
     turned = x.stride(1) != 1 or (narrow and I % 2)
-    rows = torch.empty(-(-N // _ROWS) * _ROWS * words, dtype=torch.int32) if turned else None
+    rows = torch.empty(_up(N, _ROWS) * words, dtype=torch.int32) if turned else None
     library().fathom_product(
         x.data_ptr(), *x.stride(), matrix_OI.data_ptr(), *matrix_OI.stride(), narrow, N, O, I, relu, out_NO.data_ptr(), out_NO.stride(0),
         out_NO.dtype is torch.bfloat16, columns.data_ptr(), None if rows is None else rows.data_ptr(), torch.get_num_threads())
     return out_NO.view(*x_NI.shape[:-1], O) if x_NI.dim() != 2 else out_NO
+
+
+def suits_groups(x_PI: Tensor, matrix_GOI: Tensor) -> bool:
+    """Whether the two functions below take x [P, I] and matrices [G, O, I], or what they are the transposed of."""
+    return (in_tiles(x_PI.dtype) and x_PI.dtype is matrix_GOI.dtype and x_PI.is_cpu and matrix_GOI.is_cpu and 1 in matrix_GOI.stride()[1:]
+            and not (x_PI.dtype is torch.bfloat16 and x_PI.shape[1] % 2))
+
+
+def grouped_product(x_PI: Tensor, matrix_GOI: Tensor, end_G: Tensor) -> Tensor:
+    """Rows of x before each group's end times the group's transposed matrix [P, O]; a matrix may be a transposed view."""
+    (G, O, I), x, ends = matrix_GOI.shape, x_PI.contiguous(), end_G.contiguous()
+    out_PO = x.new_empty(len(x), O)
+    _grouped(x, matrix_GOI, ends, 0, O, I, _up(O, _COLUMNS) * I, out_PO)
+    return out_PO
+
+
+def grouped_outer(y_PO: Tensor, x_PI: Tensor, end_G: Tensor) -> Tensor:
+    """The sum of y x^T over each group's rows [G, O, I]."""
+    y, x, ends = y_PO.contiguous(), x_PI.contiguous(), end_G.contiguous()
+    out_GOI = x.new_empty(len(ends), y.shape[1], x.shape[1])
+    most = int(ends.diff(prepend=ends.new_zeros(1)).max())
+    _grouped(y, x[None], ends, y.shape[1], x.shape[1], 0, (_up(x.shape[1], _COLUMNS) + _up(y.shape[1], _ROWS)) * most, out_GOI)
+    return out_GOI
+
+
+def _up(length: int, block: int) -> int:
+    return -(-length // block) * block
+
+
+def _grouped(x: Tensor, m: Tensor, end_G: Tensor, N: int, O: int, I: int, room: int, out: Tensor) -> None:  # noqa: E741
+    threads, outer = torch.get_num_threads(), N > 0
+    space = torch.empty(threads, room, dtype=torch.int32)
+    library().fathom_grouped_products(x.data_ptr(), m.data_ptr(), *m.stride(), x.dtype is torch.bfloat16, end_G.data_ptr(), len(end_G), N, O, I, outer,
+                                      out.data_ptr(), space.data_ptr(), room, threads)
