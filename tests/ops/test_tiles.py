@@ -1,5 +1,9 @@
 """Operators of many tokens in tiles, on any processor, against their definitions in float64; a row's bits whatever is beside it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,6 +104,20 @@ def test_what_tiles_do_not_take_goes_elsewhere():
     assert not any(suits_tiles(*both) for both in others)
     with ops.using("cpu"):
         assert not suits_tiles(x, matrix)
+
+
+def test_fewer_threads_than_were_asked_for_leave_nothing_out():
+    """OMP_THREAD_LIMIT is read when a process starts."""
+    program = """if True:
+        import torch
+        import fathom.ops.native.tiles as tiles
+        torch.set_num_threads(4)
+        x, matrix = torch.randn(100, 64), torch.randn(300, 64)
+        for one, other in ((x, matrix), (matrix.repeat(9, 1), x), (x.T.contiguous().T, matrix)):
+            torch.testing.assert_close(tiles.tiled_product(one, other), (one.double() @ other.double().T).float(), atol=1e-4, rtol=1e-4)
+        """
+    for limit in ("1", "3"):
+        subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "OMP_THREAD_LIMIT": limit})
 
 
 @each_dtype

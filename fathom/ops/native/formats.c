@@ -27,6 +27,15 @@ static inline int thread_number(void) {
 #endif
 }
 
+/* How many threads there are: fewer than were asked for where something limits them. */
+static inline int thread_count(void) {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
 #define ALWAYS static inline __attribute__((always_inline)) /* for what is known while compiling */
 
 static inline lanes load(const float *numbers) { return *(const lanes *)numbers; }

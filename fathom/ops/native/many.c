@@ -67,7 +67,7 @@ void fathom_experts_of_many(const void *x, int bf16, const int64_t *order, long 
     }
 }
 
-/* Scores of the keys from `from` up to `to` (multiples of 16) for one query's heads [H, D]: sum_h weight_h relu(q_h k); `zero` stands for no key's number. */
+/* Scores of V times 16 packed keys for one query's heads [H, D]: sum_h weight_h relu(q_h k). */
 ALWAYS void score_span(const void *q, int bf16, const float *weight, long H, long D, const uint32_t *columns, long V, float *score) {
     long K = words_of(D, bf16), size = bf16 ? 2 : 4;
     lanes found[WIDE] = {{0}};

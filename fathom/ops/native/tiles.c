@@ -218,8 +218,8 @@ void fathom_product(const void *x, long x_row, long x_step, const void *m, long 
     int by_columns = O >= 2 * LANES * threads && 2 * O >= N;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        long own = thread_number(), low = share(own, threads, O, LANES), high = share(own + 1, threads, O, LANES);
-        long top = share(own, threads, N, ROWS), end = share(own + 1, threads, N, ROWS);
+        long own = thread_number(), parts = thread_count(), low = share(own, parts, O, LANES), high = share(own + 1, parts, O, LANES);
+        long top = share(own, parts, N, ROWS), end = share(own + 1, parts, N, ROWS);
         if (rows) pack_rows(x, x_row, x_step, bf16, top, end, I, rows);
         pack_matrix(m, m_row, m_step, bf16, low, high, I, columns);
         if (rows || !by_columns) {
