@@ -21,6 +21,7 @@ import fathom.ops.native.heads
 import fathom.ops.native.index_topk
 import fathom.ops.native.linear
 import fathom.ops.native.norm
+import fathom.ops.native.orthogonalize
 import fathom.ops.native.records
 import fathom.ops.native.rotary
 import fathom.ops.native.routing

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fathom.ops.cpu import orthogonalize as cpu
+from fathom.ops.dispatch import using
+from fathom.ops.native.library import library
 from fathom.ops.orthogonalize import HYBRID, orthogonalize
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (2, 2), (3, 5), (16, 16), (24, 96), (96, 24), (64, 64), (65, 63), (128, 640)]
@@ -80,11 +82,38 @@ def test_precision_is_float32_or_wider_and_the_input_is_left_alone():
 def test_group_by_group_it_is_the_definition(rows, columns, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_NUMBERS", 3 * rows * columns)  # groups of three, the last one short
     matrices_BNM = random_matrices(7, rows, columns, dtype)
-    assert orthogonalize.choose(matrices_BNM)[0] == "cpu"
-    found, expected = orthogonalize(matrices_BNM), orthogonalize.definition(matrices_BNM)
+    with using("cpu"):
+        assert orthogonalize.choose(matrices_BNM)[0] == "cpu"
+        found, again = orthogonalize(matrices_BNM), orthogonalize(matrices_BNM)
+    expected = orthogonalize.definition(matrices_BNM)
     assert found.dtype == expected.dtype and found.shape == expected.shape
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(found, orthogonalize(matrices_BNM))
+    assert torch.equal(found, again)
+
+
+@pytest.mark.skipif(library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("rows, columns", [(1, 1), (7, 1), (24, 96), (96, 24), (65, 63), (256, 512), (50, 34), (16, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_tiles_it_is_the_definition_with_any_number_of_threads(rows, columns, dtype, monkeypatch):
+    monkeypatch.setattr("fathom.ops.native.tiles.kinds", lambda: 3)
+    monkeypatch.setattr("fathom.ops.native.orthogonalize._NUMBERS", 3 * rows * columns)
+    matrices_BNM, before, found = random_matrices(35, rows, columns), torch.get_num_threads(), []
+    if dtype is torch.bfloat16 and (rows % 2 or columns % 2):
+        assert orthogonalize.choose(matrices_BNM, dtype=dtype)[0] == "cpu"
+        return
+    try:
+        for threads in (2, 1, 3):
+            torch.set_num_threads(threads)
+            assert orthogonalize.choose(matrices_BNM, dtype=dtype)[0] == "native"
+            found.append(orthogonalize(matrices_BNM, dtype=dtype))
+    finally:
+        torch.set_num_threads(before)
+    expected = orthogonalize.definition(matrices_BNM, dtype=dtype)
+    assert found[0].dtype == torch.float32 and found[0].shape == expected.shape and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    if dtype is torch.float32:
+        torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=1e-4)
+    assert (found[0] - orthogonalize.definition(matrices_BNM)).norm() < 0.03 * expected.norm()
+    torch.testing.assert_close(orthogonalize(matrices_BNM[:4], dtype=dtype), found[0][:4], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 8), (24, 96), (96, 24), (256, 512), (128, 640)])

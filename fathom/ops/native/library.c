@@ -7,5 +7,6 @@
 #include "tiles.c"
 #include "many.c"
 #include "attention.c"
+#include "orthogonalize.c"
 #include "streams.c"
 #include "records.c"
