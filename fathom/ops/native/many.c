@@ -67,31 +67,39 @@ void fathom_experts_of_many(const void *x, int bf16, const int64_t *order, long 
     }
 }
 
-/* Scores of V times 16 packed keys for one query's heads [H, D]: sum_h weight_h relu(q_h k). */
-ALWAYS void score_span(const void *q, int bf16, const float *weight, long H, long D, const uint32_t *columns, long V, float *score) {
-    long K = words_of(D, bf16), size = bf16 ? 2 : 4;
-    lanes found[WIDE] = {{0}};
-    for (long h = 0; h < H; h += ROWS) {
+/* Scores of V times 16 packed keys for up to 8 queries with heads [queries, H, D]: sum_h weight_h relu(q_h k) -> score [queries], rows `next` apart. Eight
+   heads are a tile, whosever they are. */
+ALWAYS void score_span(const void *q, int bf16, const float *weight, long queries, int alone, long H, long D, const uint32_t *columns, long V, float *score,
+                       long next) {
+    long K = words_of(D, bf16), heads = queries * H;
+    lanes found[ROWS][WIDE] = {{{0}}};
+    for (long h = 0; h < heads; h += ROWS) {
         const uint32_t *row[ROWS];
         lanes sums[ROWS * WIDE];
-        for (long r = 0; r < ROWS; r++) row[r] = (const uint32_t *)((const char *)q + (h + r < H ? h + r : H - 1) * D * size);
+        for (long r = 0; r < ROWS; r++) row[r] = nth(q, bf16, h + r < heads ? h + r : heads - 1, D);
         tile(row, 1, columns, NULL, 0, K * LANES, K, bf16, V, sums);
-        for (long r = 0; r < ROWS && h + r < H; r++)
+        for (long r = 0; r < ROWS && h + r < heads; r++)
 #pragma GCC unroll 3
             for (long v = 0; v < V; v++) {
                 lanes sum = sums[r * WIDE + v];
-                found[v] += weight[h + r] * chosen((words)(sum > 0), sum, all(0));
+                found[alone ? 0 : (h + r) / H][v] += weight[h + r] * chosen((words)(sum > 0), sum, all(0));
             }
     }
+    for (long i = 0; i < (alone ? 1 : queries); i++)
 #pragma GCC unroll 3
-    for (long v = 0; v < V; v++) *(lanes *)(score + v * LANES) = found[v];
+        for (long v = 0; v < V; v++) *(lanes *)(score + i * next + v * LANES) = found[i][v];
 }
 
-static void score_spans(const void *q, int bf16, const float *weight, long H, long D, const uint32_t *columns, long V, float *score) {
-    if (V == 3 && bf16) score_span(q, 1, weight, H, D, columns, 3, score);
-    else if (V == 3) score_span(q, 0, weight, H, D, columns, 3, score);
-    else if (V == 2) score_span(q, bf16, weight, H, D, columns, 2, score);
-    else score_span(q, bf16, weight, H, D, columns, 1, score);
+static void score_spans(const void *q, int bf16, const float *weight, long queries, long H, long D, const uint32_t *columns, long V, float *score, long next) {
+    if (H % ROWS == 0 && V == WIDE) /* sums stay in registers */
+        for (long i = 0; i < queries; i++) {
+            if (bf16) score_span(nth(q, 1, i, H * D), 1, weight + i * H, 1, 1, H, D, columns, 3, score + i * next, next);
+            else score_span(nth(q, 0, i, H * D), 0, weight + i * H, 1, 1, H, D, columns, 3, score + i * next, next);
+        }
+    else if (V == 3 && bf16) score_span(q, 1, weight, queries, 0, H, D, columns, 3, score, next);
+    else if (V == 3) score_span(q, 0, weight, queries, 0, H, D, columns, 3, score, next);
+    else if (V == 2) score_span(q, bf16, weight, queries, 0, H, D, columns, 2, score, next);
+    else score_span(q, bf16, weight, queries, 0, H, D, columns, 1, score, next);
 }
 
 /* fathom_index_topk for many queries: keys are packed once for each row of the batch (columns [M, D], rounded up to 16 keys), eight queries at a time
@@ -118,11 +126,8 @@ void fathom_index_topk_of_many(const void *q, const float *weight, const void *k
                     if (first[i] + count[i] > high) high = first[i] + count[i];
                 }
             for (long m = low; m < high; m += SPAN) {
-                long V = (high - m + LANES - 1) / LANES;
-                for (long i = b * S + s; i < b * S + s + here; i++)
-                    if (count[i] > K && first[i] < m + SPAN && m < first[i] + count[i])
-                        score_spans((const char *)q + i * H * D * size, bf16, weight + i * H, H, D, columns + m * words, V < WIDE ? V : WIDE,
-                                    own + (i - b * S - s) * padded + m);
+                long V = (high - m + LANES - 1) / LANES, i = b * S + s;
+                score_spans(nth(q, bf16, i, H * D), bf16, weight + i * H, here, H, D, columns + m * words, V < WIDE ? V : WIDE, own + m, padded);
             }
             for (long i = b * S + s; i < b * S + s + here; i++)
                 best_slots(own + (i - b * S - s) * padded + first[i], first[i], count[i], K, selected + i * K);
