@@ -79,7 +79,8 @@ def _panel(axis: Any, panel: str, lines: dict[tuple[str, str, str], list[dict[st
     for (kind, program, dtype), rows in lines.items():
         lengths = [row["length"] for row in rows]
         colour, label = COLOURS.get(program), f"{kind}, {program}, {dtype}"
-        axis.plot(lengths, [row[figure]["median"] for row in rows], STYLES[kind], color=colour, marker="o", markersize=4, label=label)
+        axis.plot(lengths, [row[figure]["median"] for row in rows], STYLES[kind], color=colour, marker="o", markersize=5,
+                  markerfacecolor="white" if dtype == "bfloat16" else colour, label=label)
         axis.fill_between(lengths, [row[figure]["least"] for row in rows], [row[figure]["most"] for row in rows], color=colour,
                           alpha=0.15, linewidth=0)
     ticks = sorted({row["length"] for rows in lines.values() for row in rows})
@@ -91,7 +92,7 @@ def _panel(axis: Any, panel: str, lines: dict[tuple[str, str, str], list[dict[st
              ylabel="ms a token" if panel == "decoding" else "tokens/s")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=1 if len(lines) < 3 else 2, fontsize=9)
 
 
 def _machine(report: dict[str, Any]) -> str:
