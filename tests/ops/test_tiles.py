@@ -97,10 +97,19 @@ def test_each_group_of_rows_has_its_own_matrix(sizes, O, half, dtype, turned, th
     assert all(map(torch.equal, with_threads(1, lambda: (grouped_product(x, matrix, ends), grouped_outer(y, x, ends))), (product, outer)))
 
 
+@each_dtype
+def test_a_large_matrix_is_packed_in_parts(dtype, monkeypatch):
+    x, matrix = random(30, 64, dtype=dtype), random(500, 64, seed=1, dtype=dtype)
+    whole = tiled_product(x, matrix)
+    monkeypatch.setattr("fathom.ops.native.tiles._PACKED", 100 * 64)
+    assert torch.equal(tiled_product(x, matrix), whole)
+
+
 def test_what_tiles_do_not_take_goes_elsewhere():
     x, matrix = random(64, 256), random(128, 256)
     assert suits_tiles(x, matrix)
     others = [(x[:2], matrix), (x, matrix.bfloat16()), (x.double(), matrix.double()), (x.half(), matrix.half()), (x, random(128, 512)[:, ::2]), (x[:, :8], matrix)]
+    others += [(x, matrix.as_subclass(type('Other', (torch.Tensor,), {}))), (x.as_subclass(type('Other', (torch.Tensor,), {})), matrix)]
     assert not any(suits_tiles(*both) for both in others)
     with ops.using("cpu"):
         assert not suits_tiles(x, matrix)

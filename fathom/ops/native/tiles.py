@@ -13,7 +13,9 @@ from fathom.ops.dispatch import preferred
 from fathom.ops.native.library import library
 
 _KINDS = {torch.float32: 1, torch.bfloat16: 2}
-_COLUMNS, _ROWS = 16, 8  # that are packed together
+_PLAIN = Tensor, torch.nn.Parameter
+_COLUMNS, _ROWS, _SPAN = 16, 8, 48  # that are packed together; columns of a tile
+_PACKED = 1 << 24  # words of columns that exist at a time beside the matrix
 _LEAST_ROWS, _LEAST_WORK = 12, 1 << 18  # rows, and multiplications: with fewer, packing costs more than it gains
 
 
@@ -32,7 +34,7 @@ def suits_tiles(x_NI: Tensor, matrix_OI: Tensor) -> bool:
     """Whether `tiled_product` takes x [..., I] and a matrix [O, I], and is faster than other products."""
     (O, I), N = matrix_OI.shape, x_NI.numel() // max(1, x_NI.shape[-1])
     return (N >= _LEAST_ROWS and O >= _COLUMNS and N * O * I >= _LEAST_WORK and x_NI.dtype is matrix_OI.dtype and in_tiles(x_NI.dtype)
-            and x_NI.is_cpu and matrix_OI.is_cpu and x_NI.shape[-1] == I and 1 in matrix_OI.stride() and type(x_NI) in (Tensor, torch.nn.Parameter))
+            and x_NI.shape[-1] == I and 1 in matrix_OI.stride() and all(x.is_cpu and type(x) in _PLAIN for x in (x_NI, matrix_OI)))
 
 
 def tiled_product(x_NI: Tensor, matrix_OI: Tensor, dtype: torch.dtype | None = None, relu: bool = False, out_NO: Tensor | None = None) -> Tensor:
@@ -45,13 +47,16 @@ def tiled_product(x_NI: Tensor, matrix_OI: Tensor, dtype: torch.dtype | None = N
     N, narrow = len(x), x.dtype is torch.bfloat16
     if out_NO is None:
         out_NO = x.new_empty(N, O, dtype=dtype or x.dtype)
-    words = (I + 1) // 2 if narrow else I
-    columns = torch.empty(_up(O, _COLUMNS) * words, dtype=torch.int32)
+    words, threads = (I + 1) // 2 if narrow else I, torch.get_num_threads()
+    step = max(_SPAN, _PACKED // words // _SPAN * _SPAN)  # columns that are packed at a time
+    columns = torch.empty(min(step, _up(O, _COLUMNS)) * words, dtype=torch.int32)
     turned = x.stride(1) != 1 or (narrow and I % 2)
     rows = torch.empty(_up(N, _ROWS) * words, dtype=torch.int32) if turned else None
-    library().fathom_product(
-        x.data_ptr(), *x.stride(), matrix_OI.data_ptr(), *matrix_OI.stride(), narrow, N, O, I, relu, out_NO.data_ptr(), out_NO.stride(0),
-        out_NO.dtype is torch.bfloat16, columns.data_ptr(), None if rows is None else rows.data_ptr(), torch.get_num_threads())
+    for begin in range(0, O, step):
+        matrix, out = matrix_OI[begin:begin + step], out_NO[:, begin:begin + step]
+        library().fathom_product(
+            x.data_ptr(), *x.stride(), matrix.data_ptr(), *matrix.stride(), narrow, N, len(matrix), I, relu, out.data_ptr(), out_NO.stride(0),
+            out_NO.dtype is torch.bfloat16, columns.data_ptr(), None if rows is None else rows.data_ptr(), threads)
     return out_NO.view(*x_NI.shape[:-1], O) if x_NI.dim() != 2 else out_NO
 
 
