@@ -117,7 +117,7 @@ static void score_columns(const uint32_t *const *row, int bf16, const columns_re
         for (long j = begin; j < end; j += SPAN) {
             long V = (end - j) / LANES < WIDE ? (end - j) / LANES : WIDE;
             lanes sums[ROWS * WIDE];
-            KERNELS[0][bf16][V - 1](row, columns + (j - begin) * words, words * LANES, words, sums);
+            KERNELS[0][bf16][V - 1](row, columns + (j - begin) * words, words * LANES, words, sums, 0);
             for (long r = 0; r < ROWS; r++)
                 for (long v = 0; v < V; v++) *(lanes *)(score + r * most + j + v * LANES) = sums[r * WIDE + v];
         }
@@ -145,9 +145,9 @@ ALWAYS float weights_of(float *score, const uint32_t *seen, long J, float scale,
 ALWAYS void mix_rows(const uint32_t *const *row, long step, const uint32_t *const *places, int bf16, long K, long D, lanes *out) {
     for (long d = 0; d < D; d += SPAN) {
         lanes *sums = out + d / SPAN * ROWS * WIDE;
-        if (D - d >= SPAN) tile(row, step, NULL, places, d, LANES, K, bf16, 3, sums);
-        else if (D - d > LANES) tile(row, step, NULL, places, d, LANES, K, bf16, 2, sums);
-        else tile(row, step, NULL, places, d, LANES, K, bf16, 1, sums);
+        if (D - d >= SPAN) tile(row, step, NULL, places, d, LANES, K, bf16, 3, sums, 0);
+        else if (D - d > LANES) tile(row, step, NULL, places, d, LANES, K, bf16, 2, sums, 0);
+        else tile(row, step, NULL, places, d, LANES, K, bf16, 1, sums, 0);
     }
 }
 

@@ -32,9 +32,9 @@ void fathom_experts_of_many(const void *x, int bf16, const int64_t *order, long 
                 const uint32_t *row[ROWS];
                 lanes gated[ROWS * WIDE], upped[ROWS * WIDE];
                 for (long r = 0; r < ROWS; r++) row[r] = (const uint32_t *)((const char *)gates + (e * F + f + r) * W * size);
-                kernel(row, tokens, WK * LANES, WK, gated);
+                kernel(row, tokens, WK * LANES, WK, gated, ROWS * WK);
                 for (long r = 0; r < ROWS; r++) row[r] = (const uint32_t *)((const char *)ups + (e * F + f + r) * W * size);
-                kernel(row, tokens, WK * LANES, WK, upped);
+                kernel(row, tokens, WK * LANES, WK, upped, ROWS * WK);
                 for (long v = 0; v < V; v++)
                     for (long r = 0; r < ROWS; r++) {
                         lanes a = gated[r * WIDE + v], b = upped[r * WIDE + v];
@@ -53,7 +53,7 @@ void fathom_experts_of_many(const void *x, int bf16, const int64_t *order, long 
                     const uint32_t *row[ROWS];
                     lanes sums[ROWS * WIDE];
                     for (long r = 0; r < ROWS; r++) row[r] = (const uint32_t *)((const char *)downs + (e * W + w + half + r) * F * size);
-                    kernel(row, hidden, FK * LANES, FK, sums);
+                    kernel(row, hidden, FK * LANES, FK, sums, ROWS * FK);
                     for (long v = 0; v < V; v++)
                         for (long r = 0; r < ROWS; r++) block[v][half + r] = (words)sums[r * WIDE + v];
                 }
@@ -77,7 +77,7 @@ ALWAYS void score_span(const void *q, int bf16, const float *weight, long querie
         const uint32_t *row[ROWS];
         lanes sums[ROWS * WIDE];
         for (long r = 0; r < ROWS; r++) row[r] = nth(q, bf16, h + r < heads ? h + r : heads - 1, D);
-        tile(row, 1, columns, NULL, 0, K * LANES, K, bf16, V, sums);
+        tile(row, 1, columns, NULL, 0, K * LANES, K, bf16, V, sums, 0);
         for (long r = 0; r < ROWS && h + r < heads; r++)
 #pragma GCC unroll 3
             for (long v = 0; v < V; v++) {

@@ -11,7 +11,7 @@ static void scaled_product(const void *x, int bf16, const uint32_t *columns, lon
         for (long o = symmetric ? n / LANES * LANES : 0; o < O; o += SPAN) {
             long V = (O - o + LANES - 1) / LANES < WIDE ? (O - o + LANES - 1) / LANES : WIDE;
             lanes sums[ROWS * WIDE];
-            KERNELS[0][bf16][V - 1](row, columns + o * K, K * LANES, K, sums);
+            KERNELS[0][bf16][V - 1](row, columns + o * K, K * LANES, K, sums, 0);
             for (long r = 0; r < ROWS && n + r < N; r++)
                 for (long v = 0; v < V; v++) {
                     long place = (n + r) * O + o + v * LANES, count = O - o - v * LANES;

@@ -111,7 +111,7 @@ static void mix_of(const void *x, int bf16, const float *fn, long T, long t, lon
         const uint32_t *row[ROWS];
         lanes sums[ROWS * WIDE];
         for (long i = 0; i < ROWS; i++) row[i] = (const uint32_t *)(fn + (r + i < R ? r + i : R - 1) * I);
-        KERNELS[0][0][V - 1](row, columns, I * LANES, I, sums);
+        KERNELS[0][0][V - 1](row, columns, I * LANES, I, sums, 0);
         for (long i = 0; i < ROWS && r + i < R; i++)
             for (long v = 0; v < V; v++) mix[v * R + r + i] = sums[i * WIDE + v];
     }

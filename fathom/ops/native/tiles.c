@@ -34,9 +34,10 @@ ALWAYS lanes word_times(lanes sum, uint32_t word, const uint32_t *columns, int b
 }
 
 /* sums[8][V] of K words, 256 at a time: a row's words lie `step` apart, blocks of 16 columns `next` words. Columns are packed, or where `places` are given
-   the k-th words of the first 16 lie `offset` words behind the k-th place. */
+   the k-th words of the first 16 lie `offset` words behind the k-th place. What lies `ahead` words behind the rows, if it is not 0, is fetched for the next tile:
+   the processor does not foresee where eight new rows begin. */
 ALWAYS void tile(const uint32_t *const *row, long step, const uint32_t *columns, const uint32_t *const *places, long offset, long next, long K, int bf16,
-                 int V, lanes *out) {
+                 int V, lanes *out, long ahead) {
     for (long from = 0; from == 0 || from < K; from += PART) {
         long to = from + PART < K ? from + PART : K;
         lanes sum[ROWS][WIDE];
@@ -44,12 +45,19 @@ ALWAYS void tile(const uint32_t *const *row, long step, const uint32_t *columns,
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) sum[r][v] = (lanes){0};
-        for (long k = from; k < to; k++) {
-            const uint32_t *words = places ? places[k] + offset : columns + k * LANES;
+        for (long block = from; block < to; block += LANES) {
+            long stop = block + LANES < to ? block + LANES : to;
+            if (ahead) {
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
+                for (int r = 0; r < ROWS; r++) __builtin_prefetch(row[r] + block * step + ahead, 0, 2);
+            }
+            for (long k = block; k < stop; k++) {
+                const uint32_t *words = places ? places[k] + offset : columns + k * LANES;
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 3
-                for (int v = 0; v < V; v++) sum[r][v] = word_times(sum[r][v], row[r][k * step], words + v * next, bf16);
+                    for (int v = 0; v < V; v++) sum[r][v] = word_times(sum[r][v], row[r][k * step], words + v * next, bf16);
+            }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
@@ -62,15 +70,15 @@ ALWAYS void tile(const uint32_t *const *row, long step, const uint32_t *columns,
 }
 
 #define TILE_OF(NAME, BF16, STEP, V)                                                                                                  \
-    static __attribute__((noinline)) void NAME##_##V(const uint32_t *const *row, const uint32_t *columns, long next, long K, lanes *out) { \
-        tile(row, STEP, columns, NULL, 0, next, K, BF16, V, out);                                                                              \
+    static __attribute__((noinline)) void NAME##_##V(const uint32_t *const *row, const uint32_t *columns, long next, long K, lanes *out, long ahead) { \
+        tile(row, STEP, columns, NULL, 0, next, K, BF16, V, out, ahead);                                                                              \
     }
 #define TILES_OF(NAME, BF16, STEP) TILE_OF(NAME, BF16, STEP, 1) TILE_OF(NAME, BF16, STEP, 2) TILE_OF(NAME, BF16, STEP, 3)
 TILES_OF(tile_float, 0, 1)
 TILES_OF(tile_bf16, 1, 1)
 TILES_OF(turned_float, 0, ROWS)
 TILES_OF(turned_bf16, 1, ROWS)
-typedef void tile_kernel(const uint32_t *const *, const uint32_t *, long, long, lanes *);
+typedef void tile_kernel(const uint32_t *const *, const uint32_t *, long, long, lanes *, long);
 static tile_kernel *const KERNELS[2][2][WIDE] = {{{tile_float_1, tile_float_2, tile_float_3}, {tile_bf16_1, tile_bf16_2, tile_bf16_3}},
                                                  {{turned_float_1, turned_float_2, turned_float_3}, {turned_bf16_1, turned_bf16_2, turned_bf16_3}}};
 
@@ -190,7 +198,7 @@ static inline long share(long part, long parts, long length, long block) {
    columns, and of x as it lies or, where it is given, of packed rows. */
 static void product_part(const void *x, long x_row, int bf16, long top, long end, long N, long low, long high, long I, int relu, void *out, long out_row,
                          int out_bf16, const uint32_t *columns, const uint32_t *rows) {
-    long K = words_of(I, bf16), size = bf16 ? 2 : 4;
+    long K = words_of(I, bf16), size = bf16 ? 2 : 4, ahead = ROWS * (rows ? K : x_row * size / 4);
     for (long o = low; o < high; o += SPAN) {
         long V = (high - o + LANES - 1) / LANES < WIDE ? (high - o + LANES - 1) / LANES : WIDE;
         tile_kernel *kernel = KERNELS[rows != NULL][bf16][V - 1];
@@ -199,7 +207,7 @@ static void product_part(const void *x, long x_row, int bf16, long top, long end
             lanes sums[ROWS * WIDE];
             for (long r = 0; r < ROWS; r++)
                 row[r] = rows ? rows + n * K + r : (const uint32_t *)((const char *)x + (n + r < N ? n + r : N - 1) * x_row * size);
-            kernel(row, columns + o * K, K * LANES, K, sums);
+            kernel(row, columns + o * K, K * LANES, K, sums, ahead);
             for (long r = 0; r < ROWS && n + r < N; r++)
                 for (long v = 0; v < V; v++) {
                     lanes found = sums[r * WIDE + v];
