@@ -1,4 +1,4 @@
-"""Matrix products on CPU: oneDNN's for float32 too, which torch leaves to MKL.
+"""Matrix products on CPU: in tiles where the processor suits them (ops/native/tiles.py), else oneDNN's for float32 too, which torch leaves to MKL.
 
 On an AMD processor MKL multiplies float32 with half of AVX-512's width: 220 GFLOP/s on 2 cores of Zen 5 where oneDNN reached 490, and 17 GB/s instead
 of 20-40 while a matrix is read for one row (docs/performance.md). oneDNN compiles a kernel for each new shape (0.4 ms), so callers whose

@@ -75,7 +75,8 @@ def _of_many(q: Tensor, window: Window, entries: Entries | None, sink_H: Tensor,
     own, most = torch.get_num_threads(), _columns(window, entries)
     room = D * (K + 2 * _TOGETHER)
     tensors = [read[0], kept[0], read[2], read[3], read[1], *kept[1:], ready(sink_H)]
-    spaces = [torch.empty(D * (T + M + 2 * _TOGETHER), dtype=torch.int32), torch.empty(own, scores, most), torch.empty(own, room, dtype=torch.int32)]
+    shared = T + 2 * _TOGETHER + (M if kept[3] is None else 0)  # keys that all queries of a row read packed
+    spaces = [torch.empty(D * shared, dtype=torch.int32), torch.empty(own, scores, most), torch.empty(own, room, dtype=torch.int32)]
     places = [None if x is None else x.data_ptr() for x in tensors]
     arguments = [*places[:2], q.dtype is torch.bfloat16, *places[2:], B, S, H, D, T, M, K, entry_row, most, *(x.data_ptr() for x in spaces), room]
     return arguments, [x for x in tensors if x is not None] + spaces
