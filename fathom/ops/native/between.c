@@ -74,15 +74,12 @@ void fathom_column_gradients(const void *grad, int bf16, const float *probabilit
 /* silu(min(gate, limit)) clamp(up, -limit, limit), times a weight for each row if there are any: [N, F] of the inputs' or the other kind. */
 void fathom_swiglu(const void *gates, const void *ups, int bf16, const float *weight, long N, long F, float limit, void *out, int out_bf16,
                    int threads) {
-    lanes high = all(limit), low = -high;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long n = 0; n < N; n++) {
         float by = weight ? weight[n] : 1;
         for (long f = 0; f < F; f += LANES) {
             long place = n * F + f, count = F - f;
-            lanes x = load_part(gates, bf16, place, count), y = load_part(ups, bf16, place, count);
-            x = chosen((words)(x > high), high, x), y = chosen((words)(y > high), high, chosen((words)(y < low), low, y));
-            store_part(x * gate(x) * y * by, out, out_bf16, place, count);
+            store_part(activated(load_part(gates, bf16, place, count), load_part(ups, bf16, place, count), limit) * by, out, out_bf16, place, count);
         }
     }
 }

@@ -34,16 +34,16 @@ def routed_experts_native(x_NW: Tensor, expert_NK: Tensor, weight_NK: Tensor, ga
     (N, K), (E, F, W), kind = expert_NK.shape, gate_EFW.shape, kind_of(gate_EFW)
     if N * K > min(_PAIRS, _SHARE * E):
         return _experts_of_many(x_NW, expert_NK, weight_NK, gate_EFW, up_EFW, down_EWF, limit)
-    x, weight_NK, expert_NK = ready(x_NW), ready(weight_NK), expert_NK.contiguous()
+    x, weight_NK, expert_NK, bf16 = x_NW.contiguous(), ready(weight_NK), expert_NK.contiguous(), x_NW.dtype is torch.bfloat16
+    kind = kind if rounding is EXACT else kind | ROUNDS
     order_P, own_PW, hidden_PF = torch.empty(N * K, dtype=torch.int64), torch.empty(N * K, W), torch.empty(N * K, F)
     unknown = library().fathom_experts_in(
-        x.data_ptr(), expert_NK.data_ptr(), weight_NK.data_ptr(), *places(gate_EFW), *places(up_EFW), kind if rounding is EXACT else kind | ROUNDS, x_NW.dtype is torch.bfloat16, N, K,
-        E, F, W, limit, order_P.data_ptr(), own_PW.data_ptr(), hidden_PF.data_ptr(), threads(F * W))
+        x.data_ptr(), expert_NK.data_ptr(), weight_NK.data_ptr(), *places(gate_EFW), *places(up_EFW), kind, bf16, N, K, E, F, W, limit, order_P.data_ptr(), own_PW.data_ptr(), hidden_PF.data_ptr(), threads(F * W))
     if unknown:
         raise IndexError(f"an expert is none of the {E}: {sorted(set(expert_NK.flatten().tolist()))}")
     own_PF, part_PW, out_NW = torch.empty_like(hidden_PF), torch.empty(N * K, W), torch.empty(N, W)
     library().fathom_experts_out(
-        hidden_PF.data_ptr(), expert_NK.data_ptr(), order_P.data_ptr(), *places(down_EWF), kind, N, K, F, W, own_PF.data_ptr(), part_PW.data_ptr(),
+        hidden_PF.data_ptr(), expert_NK.data_ptr(), order_P.data_ptr(), *places(down_EWF), kind, bf16, N, K, F, W, own_PF.data_ptr(), part_PW.data_ptr(),
         out_NW.data_ptr(), threads(F * W))
     return out_NW
 

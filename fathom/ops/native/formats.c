@@ -100,8 +100,15 @@ static inline const void *nth(const void *matrices, int bf16, long index, long n
 /* `length` numbers as floats: where they lie, or widened into `space`. */
 static inline const float *widened(const void *numbers, int bf16, long length, float *space) {
     if (!bf16) return numbers;
-    for (long i = 0; i < length; i++) space[i] = one_bf16((const uint16_t *)numbers + i);
+    long i = 0;
+    for (; i + LANES <= length; i += LANES) *(lanes *)(space + i) = load_bf16((const uint16_t *)numbers + i);
+    for (; i < length; i++) space[i] = one_bf16((const uint16_t *)numbers + i);
     return space;
+}
+
+/* `length` numbers as floats of their own. */
+static inline void widen(const void *numbers, int bf16, long length, float *out) {
+    if (widened(numbers, bf16, length, out) != out) memcpy(out, numbers, length * sizeof(float));
 }
 
 /* The nearest bfloat16, of two the even one. */
@@ -111,11 +118,21 @@ static inline uint16_t narrowed(float number) {
     return number == number ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
 }
 
+/* The nearest bfloat16 numbers as words, in their lower half. */
+ALWAYS words narrow_words(lanes x) {
+    words bits = (words)x, real = (words)(x == x);
+    return (((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & real) | (0x7fc0 & ~real);
+}
+
 /* Floats to `out` from its `index`-th number on, narrowed or as they are. */
 static inline void put(const float *numbers, long length, void *out, int bf16, long index) {
+    uint16_t *to = (uint16_t *)out + index;
+    long i = 0;
     if (!bf16) memcpy((float *)out + index, numbers, length * sizeof(float));
-    else
-        for (long i = 0; i < length; i++) ((uint16_t *)out)[index + i] = narrowed(numbers[i]);
+    else {
+        for (; i + LANES <= length; i += LANES) *(shorts *)(to + i) = __builtin_convertvector(narrow_words(load(numbers + i)), shorts);
+        for (; i < length; i++) to[i] = narrowed(numbers[i]);
+    }
 }
 
 /* A matrix [O, I], or several: its numbers and, where they are codes, their scales (fathom/quant/formats.py): for FP8 one for 128 x 128
@@ -219,7 +236,10 @@ static inline void decode_fp4(matrix m, long r, long I, float *out) {
 }
 
 static void settle(float *x, long length, int bf16) {
-    for (long i = 0; bf16 && i < length; i++) {
+    long i = 0;
+    if (!bf16) return;
+    for (; i + LANES <= length; i += LANES) *(loose_words *)(x + i) = narrow_words(load(x + i)) << 16;
+    for (; i < length; i++) {
         uint16_t narrow = narrowed(x[i]);
         x[i] = one_bf16(&narrow);
     }

@@ -1,23 +1,7 @@
 /* The operators for a few tokens at a time, as in decoding, where every weight is read once and used once or a few times.
 
-   A row of a matrix is read from front to back by one thread, which memory answers fastest (docs/performance.md). A sum's order depends on
-   its length alone: neither the threads nor the other tokens of a call show in a bit of the result. Everything is contiguous, sums are
-   in float32; `bf16` says that numbers are bfloat16. The Python files beside this one say what is computed. */
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define MOVED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#else
-#define MOVED(x, ...) __builtin_shuffle(x, (words){__VA_ARGS__})
-#endif
-
-/* The sum of the lanes, halves on halves. */
-static inline float total(lanes sums) {
-    sums += MOVED(sums, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    sums += MOVED(sums, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    sums += MOVED(sums, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    sums += MOVED(sums, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    return sums[0];
-}
+   Products are those of dots.c: neither the threads nor the other tokens of a call show in a bit of the result. Everything is contiguous, sums are in
+   float32; `bf16` says that numbers are bfloat16. The Python files beside this one say what is computed. */
 
 static inline lanes larger(lanes a, lanes b) {
     words first = (words)(a > b);
@@ -58,102 +42,39 @@ static inline float exponentials(float *x, long length, float top) {
     return sum;
 }
 
-/* NAME: a row times x. NAME_4: the same bits for four x that lie `step` numbers apart, while the row is read and widened once. (Sums in
-   arrays would go through memory: GCC keeps only what has a name of its own in registers.) */
-#define START(n) lanes a##n = {0}, b##n = {0}, c##n = {0}, d##n = {0};
-#define STEP(n, own)                      \
-    a##n += row_a * load(own);            \
-    b##n += row_b * load(own + LANES);    \
-    c##n += row_c * load(own + 2 * LANES); \
-    d##n += row_d * load(own + 3 * LANES);
-#define JOIN(n) lanes sum##n = (a##n + b##n) + (c##n + d##n);
-#define FOUR(DO) DO(0) DO(1) DO(2) DO(3)
-#define STEP_OF(n) STEP(n, (x + n * step + i))
-#define MORE_OF(n) sum##n += more * load(x + n * step + i);
-#define REST_OF(n) sum##n += more * load_rest(x + n * step + i, length - i);
-#define TOTAL_OF(n) out[n] = total(sum##n);
-#define DOT(NAME, TYPE, LOAD, REST)                                                                 \
-    static inline float NAME(const TYPE *row, const float *x, long length) {                        \
-        START(0)                                                                                    \
-        long i = 0;                                                                                 \
-        for (; i + 4 * LANES <= length; i += 4 * LANES) {                                           \
-            lanes row_a = LOAD(row + i), row_b = LOAD(row + i + LANES);                             \
-            lanes row_c = LOAD(row + i + 2 * LANES), row_d = LOAD(row + i + 3 * LANES);             \
-            STEP(0, (x + i))                                                                        \
-        }                                                                                           \
-        JOIN(0)                                                                                     \
-        for (; i + LANES <= length; i += LANES) sum0 += LOAD(row + i) * load(x + i);                \
-        if (i < length) sum0 += REST(row + i, length - i) * load_rest(x + i, length - i);           \
-        return total(sum0);                                                                         \
-    }                                                                                               \
-    static inline void NAME##_4(const TYPE *row, const float *x, long step, long length, float *out) { \
-        FOUR(START)                                                                                 \
-        long i = 0;                                                                                 \
-        for (; i + 4 * LANES <= length; i += 4 * LANES) {                                           \
-            lanes row_a = LOAD(row + i), row_b = LOAD(row + i + LANES);                             \
-            lanes row_c = LOAD(row + i + 2 * LANES), row_d = LOAD(row + i + 3 * LANES);             \
-            FOUR(STEP_OF)                                                                           \
-        }                                                                                           \
-        FOUR(JOIN)                                                                                  \
-        for (; i + LANES <= length; i += LANES) {                                                   \
-            lanes more = LOAD(row + i);                                                             \
-            FOUR(MORE_OF)                                                                           \
-        }                                                                                           \
-        if (i < length) {                                                                           \
-            lanes more = REST(row + i, length - i);                                                 \
-            FOUR(REST_OF)                                                                           \
-        }                                                                                           \
-        FOUR(TOTAL_OF)                                                                              \
-    }
+/* Space that begins with a cache line: a vector across two is read half as fast. */
+static inline float *room(long floats) { return aligned_alloc(64, (floats * sizeof(float) / 64 + 1) * 64); }
 
-#define ADD(NAME, TYPE, LOAD, ONE)                                                                  \
-    static inline void NAME(float *sum, float factor, const TYPE *row, long length) {               \
-        long i = 0;                                                                                 \
-        for (; i + LANES <= length; i += LANES) *(lanes *)(sum + i) += factor * LOAD(row + i);      \
-        for (; i < length; i++) sum[i] += factor * ONE(row + i);                                    \
-    }
+enum { SETS = 4096 }; /* bytes: x that lie a multiple of this apart, each a part that is used at once, would push each other out of the first cache */
 
-DOT(dot_float, float, load, load_rest)
-DOT(dot_bf16, uint16_t, load_bf16, load_rest_bf16)
-ADD(add_float, float, load, one)
-ADD(add_bf16, uint16_t, load_bf16, one_bf16)
-
-/* 16 rows of a matrix, from `row` on and at most to `end`, times N x (of codes: arranged) that lie `step` apart -> out [N, 16]. */
-static inline void times(matrix m, long row, long end, long I, const float *x, long step, long N, float *out) {
-    int coded = format_of(m) >= FP8, bf16 = format_of(m) == BF16;
-    float space[coded ? I : 1];
-    for (long r = 0; r < LANES && row + r < end; r++) {
-        const void *numbers = m.numbers + (row + r) * row_bytes(m, I);
-        if (format_of(m) == FP8) decode_fp8(m, row + r, I, space);
-        if (format_of(m) == FP4) decode_fp4(m, row + r, I, space);
-        if (coded) numbers = space;
-        float four[4];
-        long n = 0;
-        for (; n + 4 <= N; n += 4) {
-            if (bf16) dot_bf16_4(numbers, x + n * step, step, I, four);
-            else dot_float_4(numbers, x + n * step, step, I, four);
-            for (int i = 0; i < 4; i++) out[(n + i) * LANES + r] = four[i];
-        }
-        for (; n < N; n++) out[n * LANES + r] = bf16 ? dot_bf16(numbers, x + n * step, I) : dot_float(numbers, x + n * step, I);
+/* x [N, G, I] times the transposed matrix [O, I] -> out [N, O]; each G-th part of the rows has its own x, and 16 divide it if G > 1. */
+static void multiply(matrix m, long O, long I, const void *x, int bf16, long N, long G, void *out, int out_bf16, int threads) {
+    int coded = format_of(m) >= FP8, pairs = bf16 && format_of(m) == BF16;
+    long size = pairs ? 2 : 4, step = G * I * size, apart = N > 2 && step % SETS == 0 ? step + SETS / 2 : step;
+    char *space = coded || bf16 != pairs || apart != step ? (char *)room(N * apart / 4) : 0;
+    for (long row = 0; space && row < N * G; row++) {
+        char *own = space + row / G * apart + row % G * I * size;
+        float wide[I];
+        if (pairs) memcpy(own, nth(x, 1, row, I), I * size);
+        else if (coded) arrange(widened(nth(x, bf16, row, I), bf16, I, wide), format_of(m), I, (float *)own);
+        else widen(nth(x, bf16, row, I), bf16, I, (float *)own);
     }
+    if (space) x = space;
+    long together = LANES; /* rows of the matrix; fewer where a few blocks of them would be shared unevenly */
+    while (together > 4 && O <= 4 * LANES * threads && blocks_of(O, together) % threads) together /= 2;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long o = 0; o < O; o += together) {
+        float made[N * LANES];
+        long end = O - o < together ? O : o + together;
+        times(m, o, end, I, (const char *)x + o / (O / G) * I * size, pairs, space ? apart : step, N, made);
+        for (long n = 0; n < N; n++) put(made + n * LANES, end - o, out, out_bf16, n * O + o);
+    }
+    free(space);
 }
 
-/* x [N, G, I] times the transposed matrix [O, I] -> out [N, O]; each G-th part of the rows has its own x, and 16 divide it if G > 1.
-   `space` [N, G, I] is for use in between where the matrix holds codes. */
-void fathom_linear(const void *numbers, const void *scale, int kind, long O, long I, const float *x, long N, long G, float *space, float *out,
-                   int threads) {
-    matrix m = {numbers, scale, kind};
-    if (format_of(m) >= FP8) {
-        for (long row = 0; row < N * G; row++) arrange(x + row * I, format_of(m), I, space + row * I);
-        x = space;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long o = 0; o < O; o += LANES) {
-        float made[N * LANES];
-        long rows = O - o < LANES ? O - o : LANES;
-        times(m, o, O, I, x + o / (O / G) * I, G * I, N, made);
-        for (long n = 0; n < N; n++) memcpy(out + n * O + o, made + n * LANES, rows * sizeof(float));
-    }
+/* As `multiply`; x and out are of one kind. */
+void fathom_linear(const void *numbers, const void *scale, int kind, long O, long I, const void *x, int bf16, long N, long G, void *out, int threads) {
+    multiply((matrix){numbers, scale, kind}, O, I, x, bf16, N, G, out, bf16, threads);
 }
 
 /* x [N, D] over the root mean square of each row, times a weight [D] that may be null. */
@@ -187,13 +108,24 @@ void fathom_rotate(const void *x, int bf16, const float *turn, long N, long A, l
     }
 }
 
+/* silu(min(gate, limit)) clamp(up, -limit, limit) */
+ALWAYS lanes activated(lanes x, lanes y, float limit) {
+    lanes high = all(limit), low = -high;
+    x = chosen((words)(x > high), high, x), y = chosen((words)(y > high), high, chosen((words)(y < low), low, y));
+    return x * gate(x) * y;
+}
+
+/* Whether what comes between an expert's products is kept in bfloat16, as pairs of which the last is made. */
+static inline int paired(int kind, int bf16) { return bf16 && kind == BF16; }
+
 /* Pairs of token and expert, P = N K, sorted by expert into `order`, so that an expert's matrices are read once: each pair's activation
-   hidden [P, F] of x [N, W], in that order; own [P, W] is for use in between. `bf16`: gate and up are narrowed, as products of such x
-   are, and the activation before it is rounded. Returns 1, having done nothing, where an expert is none of the E. */
-int fathom_experts_in(const float *x, const int64_t *expert, const float *weight, const void *gate, const void *gate_scale, const void *up,
+   hidden [P, F] of x [N, W], in that order, of x's kind where the matrices are bfloat16, else floats; own [P, W] is for use in between. `bf16`: gate and
+   up are narrowed, as products of such x are, and the activation before it is rounded. Returns 1, having done nothing, where an expert is none of the E. */
+int fathom_experts_in(const void *x, const int64_t *expert, const float *weight, const void *gate, const void *gate_scale, const void *up,
                       const void *up_scale, int kind, int bf16, long N, long K, long E, long F, long W, float limit, int64_t *order, float *own,
-                      float *hidden, int threads) {
+                      void *hidden, int threads) {
     long P = N * K;
+    int pairs = paired(kind, bf16);
     matrix gates = {gate, gate_scale, kind}, ups = {up, up_scale, kind};
     for (long p = 0; p < P; p++) {
         if (expert[p] < 0 || expert[p] >= E) return 1;
@@ -203,48 +135,46 @@ int fathom_experts_in(const float *x, const int64_t *expert, const float *weight
     }
     for (long p = 0; p < P; p++) {
         float token[W];
-        memcpy(token, x + order[p] / K * W, W * sizeof(float));
-        if (kind & ROUNDS) round_fp8(token, W, INPUT_BLOCK);
-        if (format_of(gates) >= FP8) arrange(token, format_of(gates), W, own + p * W);
-        else memcpy(own + p * W, token, W * sizeof(float));
+        const void *from = nth(x, bf16, order[p] / K, W);
+        if (pairs) memcpy((uint16_t *)own + p * W, from, W * sizeof(uint16_t));
+        else {
+            widen(from, bf16, W, token);
+            if (kind & ROUNDS) round_fp8(token, W, INPUT_BLOCK);
+            if (format_of(gates) >= FP8) arrange(token, format_of(gates), W, own + p * W);
+            else memcpy(own + p * W, token, W * sizeof(float));
+        }
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (long p = 0, end; p < P; p = end) {
-        long e = expert[order[p]];
+        long e = expert[order[p]], step = W * (pairs ? 2 : 4);
         for (end = p + 1; end < P && expert[order[end]] == e;) end++;
         matrix its_gate = nth_matrix(gates, e, F, W), its_up = nth_matrix(ups, e, F, W);
 #pragma omp for schedule(static) nowait
         for (long f = 0; f < F; f += LANES) {
             float made[2][(end - p) * LANES];
-            times(its_gate, f, F, W, own + p * W, W, end - p, made[0]);
-            times(its_up, f, F, W, own + p * W, W, end - p, made[1]);
-            for (long i = p; i < end; i++)
-                for (long r = 0; r < LANES && f + r < F; r++) {
-                    float g = made[0][(i - p) * LANES + r], u = made[1][(i - p) * LANES + r];
-                    if (bf16) {
-                        uint16_t narrow[2] = {narrowed(g), narrowed(u)};
-                        g = one_bf16(narrow), u = one_bf16(narrow + 1);
-                    }
-                    g = g > limit ? limit : g;
-                    u = u > limit ? limit : u < -limit ? -limit : u;
-                    hidden[i * F + f + r] = g / (1 + expf(-g)) * u * weight[order[i]];
-                }
+            times(its_gate, f, F, W, (const char *)own + p * step, pairs, step, end - p, made[0]);
+            times(its_up, f, F, W, (const char *)own + p * step, pairs, step, end - p, made[1]);
+            settle(made[0], 2 * (end - p) * LANES, bf16);
+            for (long i = p; i < end; i++) {
+                lanes own_hidden = activated(load(made[0] + (i - p) * LANES), load(made[1] + (i - p) * LANES), limit) * weight[order[i]];
+                store_part(own_hidden, hidden, pairs, i * F + f, F - f);
+            }
         }
     }
     for (long p = 0; kind & ROUNDS && p < P; p++) {
-        settle(hidden + p * F, F, bf16);
-        round_fp8(hidden + p * F, F, INPUT_BLOCK);
+        settle((float *)hidden + p * F, F, bf16);
+        round_fp8((float *)hidden + p * F, F, INPUT_BLOCK);
     }
     return 0;
 }
 
 /* Each token's sum [N, W] over its experts, of hidden [P, F] and `order` from above; own [P, F] and part [P, W] are for use in between. */
-void fathom_experts_out(const float *hidden, const int64_t *expert, const int64_t *order, const void *down, const void *down_scale, int kind,
+void fathom_experts_out(const void *hidden, const int64_t *expert, const int64_t *order, const void *down, const void *down_scale, int kind, int bf16,
                         long N, long K, long F, long W, float *own, float *part, float *out, int threads) {
-    long P = N * K;
-    matrix downs = {down, down_scale, kind};
+    long P = N * K, step = F * (paired(kind, bf16) ? 2 : 4);
+    matrix downs = {down, down_scale, kind & ~ROUNDS};
     if (format_of(downs) >= FP8) {
-        for (long p = 0; p < P; p++) arrange(hidden + p * F, format_of(downs), F, own + p * F);
+        for (long p = 0; p < P; p++) arrange((const float *)hidden + p * F, format_of(downs), F, own + p * F);
         hidden = own;
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -256,9 +186,8 @@ void fathom_experts_out(const float *hidden, const int64_t *expert, const int64_
 #pragma omp for schedule(static) nowait
             for (long w = 0; w < W; w += LANES) {
                 float made[(end - p) * LANES];
-                times(its_down, w, W, F, hidden + p * F, F, end - p, made);
-                for (long i = p; i < end; i++)
-                    for (long r = 0; r < LANES && w + r < W; r++) part[order[i] * W + w + r] = made[(i - p) * LANES + r];
+                times(its_down, w, W, F, (const char *)hidden + p * step, paired(kind, bf16), step, end - p, made);
+                for (long i = p; i < end; i++) store_part(load(made + (i - p) * LANES), part, 0, order[i] * W + w, W - w);
             }
         }
 #pragma omp barrier
@@ -267,44 +196,6 @@ void fathom_experts_out(const float *hidden, const int64_t *expert, const int64_
             memset(out + n * W, 0, W * sizeof(float));
             for (long k = 0; k < K; k++) add_float(out + n * W, 1, part + (n * K + k) * W, W);
         }
-    }
-}
-
-static inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
-
-/* A matrix [N, N], softmax over rows, then divided by its columns' and rows' sums in turn (eq. 8). */
-static void balance(float *matrix, long N, long iterations, float eps) {
-    for (long i = 0; i < N; i++) {
-        float *row = matrix + i * N, most = row[0], sum = 0;
-        for (long j = 1; j < N; j++) most = row[j] > most ? row[j] : most;
-        for (long j = 0; j < N; j++) sum += row[j] = expf(row[j] - most);
-        for (long j = 0; j < N; j++) row[j] = row[j] / sum + eps;
-    }
-    for (long step = 0; step < 2 * iterations - 1; step++) {
-        float sums[N];
-        for (long i = 0; i < N; i++) sums[i] = 0;
-        for (long i = 0; i < N; i++)
-            for (long j = 0; j < N; j++) sums[step % 2 ? i : j] += matrix[i * N + j];
-        for (long i = 0; i < N; i++) sums[i] += eps;
-        for (long i = 0; i < N; i++)
-            for (long j = 0; j < N; j++) matrix[i * N + j] /= sums[step % 2 ? i : j];
-    }
-}
-
-/* pre and post [T, N], res [T, N, N] of the streams x [T, N W]; mix [T, (2 + N) N] is for use in between (eq. 3-8). */
-void fathom_stream_coefficients(const float *x, const float *fn, const float *base, const float *scale, long T, long N, long W,
-                                long iterations, float eps, float norm_eps, float *mix, float *pre, float *post, float *res, int threads) {
-    long R = (2 + N) * N, I = N * W;
-    fathom_linear(fn, 0, FLOAT, R, I, x, T, 1, 0, mix, threads);
-    for (long t = 0; t < T; t++) {
-        float inverse_rms = 1 / sqrtf(dot_float(x + t * I, x + t * I, I) / I + norm_eps);
-        const float *m = mix + t * R;
-        for (long n = 0; n < N; n++) {
-            pre[t * N + n] = sigmoid(m[n] * inverse_rms * scale[0] + base[n]) + eps;
-            post[t * N + n] = 2 * sigmoid(m[N + n] * inverse_rms * scale[1] + base[N + n]);
-        }
-        for (long i = 0; i < N * N; i++) res[t * N * N + i] = m[2 * N + i] * inverse_rms * scale[2] + base[2 * N + i];
-        balance(res + t * N * N, N, iterations, eps);
     }
 }
 
@@ -350,64 +241,75 @@ void fathom_streams_out(const void *x, const void *y, int bf16, const float *pos
     }
 }
 
-/* scale q_n . key_j for each of n heads [., D] and `seen` keys -> score [n, seen]. */
-static inline void score_keys(const float *q, const char **keys, long seen, int bf16, long n, long D, float scale, float *score) {
+/* scale q_n . key_j for each of n heads and `seen` keys -> score [n, seen], whose rows lie `apart` numbers from each other, in whole vectors. */
+static void score_keys(const char *q, const char **keys, long seen, int how, long n, long D, float scale, float *score, long apart) {
+    for (long j = 0; j < seen; j += LANES) {
+        words space[n * LANES]; /* for its alignment */
+        lanes *sums = (lanes *)space;
+        memset(space, 0, sizeof space);
+        for (long r = 0; r < LANES && j + r < seen; r++) many_dots(keys[j + r], 0, 1, q, D * (how == PAIRS ? 2 : 4), n, D, how, sums + r);
+        for (long h = 0; h < n; h++) *(lanes *)(score + h * apart + j) = scale * totals(sums + h * LANES);
+    }
+}
+
+/* out [n, D] = sum_j weight [n, j] key_j for n heads, each sum in the order of the keys; the channels from d on, as many as V vectors hold. */
+ALWAYS void mix_part(const char **keys, long seen, int bf16, int n, long D, long d, int V, const float *weight, long apart, float *out) {
+    lanes sums[8][2];
+    long count = D - d < V * LANES ? D - d : V * LANES;
+#pragma GCC unroll 8
+    for (int h = 0; h < n; h++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) sums[h][v] = (lanes){0};
     for (long j = 0; j < seen; j++) {
-        float four[4];
-        if (n == 4 && bf16) dot_bf16_4((const uint16_t *)keys[j], q, D, D, four);
-        else if (n == 4) dot_float_4((const float *)keys[j], q, D, D, four);
-        else
-            for (long h = 0; h < n; h++)
-                four[h] = bf16 ? dot_bf16((const uint16_t *)keys[j], q + h * D, D) : dot_float((const float *)keys[j], q + h * D, D);
-        for (long h = 0; h < n; h++) score[h * seen + j] = scale * four[h];
-    }
-}
-
-/* out [n, D] = sum_j weight [n, j] key_j for n heads, 1 or 4, each sum in the order of the keys. */
-#define MIX_START(n) lanes sum##n = {0};
-#define MIX_STEP(n) sum##n += weight[n * seen + j] * key;
-#define MIX_END(n) *(lanes *)(out + n * D + d) = sum##n;
-#define MIX(NAME, TYPE, LOAD, HEADS)                                                                          \
-    static void NAME(const char **keys, long seen, long D, const float *weight, float *out) {                \
-        for (long d = 0; d + LANES <= D; d += LANES) {                                                        \
-            HEADS(MIX_START)                                                                                  \
-            for (long j = 0; j < seen; j++) {                                                                 \
-                lanes key = LOAD((const TYPE *)keys[j] + d);                                                  \
-                HEADS(MIX_STEP)                                                                               \
-            }                                                                                                 \
-            HEADS(MIX_END)                                                                                    \
-        }                                                                                                     \
-    }
-#define ONE(DO) DO(0)
-MIX(mix_float, float, load, ONE)
-MIX(mix_float_4, float, load, FOUR)
-MIX(mix_bf16, uint16_t, load_bf16, ONE)
-MIX(mix_bf16_4, uint16_t, load_bf16, FOUR)
-
-static inline void mix_keys(const char **keys, long seen, int bf16, long n, long D, const float *weight, float *out) {
-    if (n == 4) (bf16 ? mix_bf16_4 : mix_float_4)(keys, seen, D, weight, out);
-    else
-        for (long h = 0; h < n; h++) (bf16 ? mix_bf16 : mix_float)(keys, seen, D, weight + h * seen, out + h * D);
-    for (long d = D / LANES * LANES; d < D; d++)
-        for (long h = 0; h < n; h++) {
-            float sum = 0;
-            for (long j = 0; j < seen; j++) sum += weight[h * seen + j] * number(keys[j], bf16, d);
-            out[h * D + d] = sum;
+        lanes key[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) key[v] = load_part(keys[j], bf16, d + v * LANES, V > 1 ? LANES : count);
+#pragma GCC unroll 8
+        for (int h = 0; h < n; h++) {
+            lanes by = all(weight[h * apart + j]);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++) sums[h][v] += by * key[v];
         }
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < n; h++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) store_part(sums[h][v], out, 0, h * D + d + v * LANES, V > 1 ? LANES : count);
 }
 
-/* Softmax attention out [B, S, H, D] over seen window keys [B, T, D], visible or selected entries [B, ., D] and the sink; rows of entries
-   lie `entry_row` numbers apart. `selected` [B, S, K] may be null, and then `count` entries from `first` on are read. Heads that are
-   computed together share what is read, not their sums. */
-void fathom_attention(const float *q, const void *window, const void *entries, int bf16, const int64_t *key_place, const int64_t *query_place,
+ALWAYS void mix_heads(const char **keys, long seen, int bf16, int n, long D, const float *weight, long apart, float *out) {
+    long d = 0;
+    for (; d + 2 * LANES <= D; d += 2 * LANES) mix_part(keys, seen, bf16, n, D, d, 2, weight, apart, out);
+    for (; d < D; d += LANES) mix_part(keys, seen, bf16, n, D, d, 1, weight, apart, out);
+}
+
+static void mix_keys(const char **keys, long seen, int bf16, long n, long D, const float *weight, long apart, float *out) {
+    for (long h = 0, some; h < n; h += some) {
+        const float *own = weight + h * apart;
+        some = n - h >= 8 ? 8 : n - h >= 4 ? 4 : 1;
+        if (some == 8 && bf16) mix_heads(keys, seen, 1, 8, D, own, apart, out + h * D);
+        else if (some == 8) mix_heads(keys, seen, 0, 8, D, own, apart, out + h * D);
+        else if (some == 4 && bf16) mix_heads(keys, seen, 1, 4, D, own, apart, out + h * D);
+        else if (some == 4) mix_heads(keys, seen, 0, 4, D, own, apart, out + h * D);
+        else mix_heads(keys, seen, bf16, 1, D, own, apart, out + h * D);
+    }
+}
+
+/* Softmax attention out [B, S, H, D], of q's kind, over seen window keys [B, T, D], visible or selected entries [B, ., D] and the sink; rows of entries
+   lie `entry_row` numbers apart. `selected` [B, S, K] may be null, and then `count` entries from `first` on are read. q is of the keys' kind or floats.
+   Heads that are computed together share what is read, not their sums. */
+void fathom_attention(const void *q, int q_bf16, const void *window, const void *entries, int bf16, const int64_t *key_place, const int64_t *query_place,
                       const int64_t *reach, const int64_t *first, const int64_t *count, const int64_t *selected, const float *sink, long B,
-                      long S, long H, long D, long T, long K, long entry_row, long most, float *out, int threads) {
-    long size = bf16 ? 2 : 4, together = B * S * (H / 4) >= threads ? 4 : 1, groups = (H + together - 1) / together;
+                      long S, long H, long D, long T, long K, long entry_row, long most, void *out, int threads) {
+    long size = bf16 ? 2 : 4, together = 8, apart = (most + LANES - 1) / LANES * LANES;
+    int how = !bf16 ? FLOATS : q_bf16 ? PAIRS : WIDENED;
+    while (together > 1 && B * S * ((H + together - 1) / together) < threads) together /= 2;
+    long groups = (H + together - 1) / together;
     float scale = 1 / sqrtf(D);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const char **keys = malloc(most * sizeof(char *));
-        float *score = malloc(4 * most * sizeof(float));
+        float *score = malloc(8 * (apart + D) * sizeof(float)), *made = score + 8 * apart;
 #pragma omp for schedule(static)
         for (long i = 0; i < B * S * groups; i++) {
             long h = i % groups * together, s = i / groups, b = s / S, seen = 0, n = H - h < together ? H - h : together;
@@ -422,17 +324,18 @@ void fathom_attention(const float *q, const void *window, const void *entries, i
                 }
             else if (entries)
                 for (long m = first[s]; m < first[s] + count[s]; m++) keys[seen++] = row + m * D * size;
-            score_keys(q + (s * H + h) * D, keys, seen, bf16, n, D, scale, score);
+            score_keys(nth(q, q_bf16, s * H + h, D), keys, seen, how, n, D, scale, score, apart);
             for (long head = 0; head < n; head++) {
-                float *own = score + head * seen, top = sink[h + head];
+                float *own = score + head * apart, top = sink[h + head];
                 long j = 0;
                 lanes tops = {0};
                 for (tops += top; j + LANES <= seen; j += LANES) tops = larger(tops, load(own + j));
                 for (top = largest_of(tops); j < seen; j++) top = own[j] > top ? own[j] : top;
-                float sum = exponentials(own, seen, top) + expf(sink[h + head] - top);
-                for (j = 0; j < seen; j++) own[j] /= sum;
+                float inverse = 1 / (exponentials(own, seen, top) + expf(sink[h + head] - top));
+                for (j = 0; j < seen; j++) own[j] *= inverse;
             }
-            mix_keys(keys, seen, bf16, n, D, score, out + (s * H + h) * D);
+            mix_keys(keys, seen, bf16, n, D, score, apart, made);
+            put(made, n * D, out, q_bf16, (s * H + h) * D);
         }
         free(keys);
         free(score);

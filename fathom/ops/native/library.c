@@ -1,9 +1,10 @@
 /* All kernels, compiled as one. */
 
 #include "formats.c"
+#include "dots.c"
 #include "kernels.c"
-#include "fused.c"
 #include "between.c"
+#include "fused.c"
 #include "tiles.c"
 #include "many.c"
 #include "attention.c"

@@ -13,8 +13,12 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock, get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +33,20 @@ _PLAIN = (Tensor, nn.Parameter)
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = {(E4M3, torch.float32): 2, (torch.int8, torch.float32): 3, (E4M3, E8M0): 6, (torch.int8, E8M0): 7}
 ROUNDS = 8  # in a matrix's kind: its inputs are rounded
+_LISTENING = Lock()
 _SHARED_WORK = 1 << 16  # numbers that are read: below it, one thread has done before a second one has begun
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _PROJECTION = [_P, _P, _I]
 _ANSWERS = ("experts_in", "route", "tile_kinds")  # kernels that return a number: the first two 0, or that they refuse
 _ARGUMENTS = {
-    "linear": [_P, _P, _I, _L, _L, _P, _L, _L, _P, _P, _I],
+    "linear": [_P, _P, _I, _L, _L, _P, _I, _L, _L, _P, _I],
     "rms_normalise": [_P, _I, _P, _L, _L, _F, _P, _I],
     "rotate": [_P, _I, _P, *[_L] * 4, _I, _P, _I],
     "experts_in": [*[_P] * 7, _I, _I, *[_L] * 5, _F, *[_P] * 3, _I],
-    "experts_out": [*[_P] * 5, _I, *[_L] * 4, *[_P] * 3, _I],
-    "stream_coefficients": [*[_P] * 4, *[_L] * 4, _F, _F, *[_P] * 4, _I],
+    "experts_out": [*[_P] * 5, _I, _I, *[_L] * 4, *[_P] * 3, _I],
     "streams_in": [_P, _I, _P, _L, _L, _L, _P, _I],
     "streams_out": [_P, _P, _I, _P, _P, _L, _L, _L, _P, _I],
-    "attention": [*[_P] * 3, _I, *[_P] * 7, *[_L] * 8, _P, _I],
+    "attention": [_P, _I, _P, _P, _I, *[_P] * 7, *[_L] * 8, _P, _I],
     "index_topk": [*[_P] * 3, _I, _P, _P, *[_L] * 6, *[_P] * 3, _I],
     "low_rank_queries": [_P, _I, *_PROJECTION, _P, *_PROJECTION, _P, *[_L] * 6, _F, _P, _P, _I],
     "index_queries": [_P, _I, *_PROJECTION, _P, *[_L] * 5, _I, _P, _I],
@@ -99,6 +103,34 @@ def library() -> ctypes.CDLL | None:
         kernel = getattr(found, f"fathom_{kernel_name}")
         kernel.argtypes, kernel.restype = arguments, _I if kernel_name in _ANSWERS else None
     return found
+
+
+@contextmanager
+def listening(heard: Callable[[Callable, tuple, int | None], None]) -> Iterator[None]:
+    """Inside the block `heard` is told of each kernel that this thread calls, with its arguments and its answer. One thread at a time may listen."""
+    kernels, listener = library(), get_ident()
+    if kernels is None:
+        yield
+        return
+
+    def told(kernel: Callable) -> Callable:
+        def call(*arguments: Any) -> int | None:
+            answer = kernel(*arguments)
+            if get_ident() == listener:
+                heard(kernel, arguments, answer)
+            return answer
+
+        return call
+
+    with _LISTENING:
+        plain = {name: getattr(kernels, name) for name in (f"fathom_{name}" for name in _ARGUMENTS)}
+        try:
+            for name, kernel in plain.items():
+                setattr(kernels, name, told(kernel))
+            yield
+        finally:
+            for name, kernel in plain.items():
+                setattr(kernels, name, kernel)
 
 
 def _made(compiler: str, flags: list[str], name: str) -> Path:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fathom.ops.linear import Matrix, grouped_linear, linear
-from fathom.ops.native.library import kind_of, library, places, reads, ready, runs, threads
+from fathom.ops.native.library import kind_of, library, places, reads, runs, threads
 from fathom.ops.native.tiles import suits_tiles, tiled_product
 from fathom.quant.formats import Packed
 
@@ -30,12 +30,11 @@ def _few(x: Tensor, weight: Matrix, row: int) -> bool:
 
 
 def _product(x: Tensor, weight: Matrix, groups: int) -> Tensor:
-    """[N, O] in float32 of x with N G I numbers and [O, I]."""
-    (O, I), x_NGI = weight.shape, ready(x)
-    N = x_NGI.numel() // (groups * I)
-    out_NO, space = torch.empty(N, O), torch.empty_like(x_NGI) if isinstance(weight, Packed) else x_NGI
-    library().fathom_linear(*places(weight), kind_of(weight), O, I, x_NGI.data_ptr(), N, groups, space.data_ptr(), out_NO.data_ptr(),
-                            threads(O * I))
+    """[N, O] of x with N G I numbers and [O, I]."""
+    (O, I), x = weight.shape, x.contiguous()
+    N = x.numel() // (groups * I)
+    out_NO = x.new_empty(N, O)
+    library().fathom_linear(*places(weight), kind_of(weight), O, I, x.data_ptr(), x.dtype is torch.bfloat16, N, groups, out_NO.data_ptr(), threads(O * I))
     return out_NO
 
 
@@ -50,7 +49,7 @@ def linear_native(x: Tensor, weight: Matrix) -> Tensor:
     """`linear`; sums in float32 whatever the dtypes."""
     if not _few(x, weight, x.shape[-1]):
         return tiled_product(x, weight)
-    return _product(x, weight, 1).view(*x.shape[:-1], -1).to(x.dtype)
+    return _product(x, weight, 1).view(*x.shape[:-1], -1)
 
 
 @grouped_linear.register("native", supports=lambda x_BSGI, weight: (
@@ -60,7 +59,7 @@ def grouped_linear_native(x_BSGI: Tensor, weight: Matrix) -> Tensor:
     """`grouped_linear`; sums in float32 whatever the dtypes."""
     B, S, G, I = x_BSGI.shape
     if _few(x_BSGI, weight, G * I):
-        return _product(x_BSGI, weight, G).view(B, S, -1).to(x_BSGI.dtype)
+        return _product(x_BSGI, weight, G).view(B, S, -1)
     out_BSO = x_BSGI.new_empty(B, S, len(weight))
     for x_NI, matrix_RI, out_NR in zip(x_BSGI.flatten(0, 1).unbind(1), weight.chunk(G), out_BSO.flatten(0, 1).chunk(G, 1), strict=True):
         tiled_product(x_NI, matrix_RI, out_NO=out_NR)

@@ -90,6 +90,41 @@ ALWAYS void open_sixteen(const void *x, int bf16, const lanes *mix, lanes invers
     for (long i = t; i < last; i++) weigh_any(x, bf16, i * N * W, N, pre + i * N, W, out, i * W);
 }
 
+static void open_some(const void *x, int bf16, const lanes *mix, lanes inverse_rms, const float *base, const float *scale, long T, long t, long N,
+                      long W, long iterations, float eps, void *out, float *pre, float *post, float *res) {
+    if (N == 4) open_sixteen(x, bf16, mix, inverse_rms, base, scale, T, t, 4, W, iterations, eps, out, pre, post, res);
+    else open_sixteen(x, bf16, mix, inverse_rms, base, scale, T, t, N, W, iterations, eps, out, pre, post, res);
+}
+
+/* Of 16 rows of x [T, I], the t-th and those behind it. */
+static lanes inverse_rms_of(const void *x, int bf16, long T, long t, long I, float norm_eps) {
+    lanes found = {0};
+    for (long i = t; i < T && i < t + LANES; i++) {
+        lanes even = {0}, odd = {0};
+        for (long k = 0; k < I; k += 2 * LANES) {
+            lanes first = load_part(x, bf16, i * I + k, I - k), second = load_part(x, bf16, i * I + k + LANES, I - k > LANES ? I - k - LANES : 0);
+            even += first * first, odd += second * second;
+        }
+        found[i - t] = 1 / sqrtf(total(even + odd) / I + norm_eps);
+    }
+    return found;
+}
+
+/* What a sublayer reads [T, W] of the streams x [T, N, W], with pre [T, N], and post [T, N] and res [T, N, N] for what it adds (eq. 1-8): of a few tokens,
+   for which fn is read once and from front to back. */
+void fathom_open_streams(const void *x, int bf16, const float *fn, const float *base, const float *scale, long T, long N, long W, long iterations,
+                         float eps, float norm_eps, void *out, float *pre, float *post, float *res, int threads) {
+    long R = (2 + N) * N, I = N * W;
+    float *mix = room(T * R);
+    multiply((matrix){(const char *)fn, 0, FLOAT}, R, I, x, bf16, T, 1, mix, 0, R * I < SHARED_WORK ? 1 : threads);
+    for (long t = 0; t < T; t += LANES) {
+        lanes own[R];
+        gather(mix, R, T, t, own);
+        open_some(x, bf16, own, inverse_rms_of(x, bf16, T, t, I, norm_eps), base, scale, T, t, N, W, iterations, eps, out, pre, post, res);
+    }
+    free(mix);
+}
+
 /* The products of the tokens from the t-th on, at most 48, with fn [R, N W] -> mix [V][R], and the tokens' inverse RMS [V]; `columns` [N W, 48]. */
 static void mix_of(const void *x, int bf16, const float *fn, long T, long t, long N, long W, float norm_eps, uint32_t *columns, lanes *mix,
                    lanes *inverse_rms) {
@@ -132,11 +167,10 @@ void fathom_streams_opened(const void *x, int bf16, const float *fn, const float
             if (fn && mix) spread(own + v * R, R, T, at, mix);
             if (!fn) {
                 gather(mix, R, T, at, own + v * R);
-                for (long i = at; i < T && i < at + LANES; i++) rms[v][i - at] = 1 / sqrtf(dot_float((const float *)x + i * N * W, (const float *)x + i * N * W, N * W) / (N * W) + norm_eps);
+                rms[v] = inverse_rms_of(x, bf16, T, at, N * W, norm_eps);
             }
             if (inverse_rms) spread(rms + v, 1, T, at, inverse_rms);
-            if (N == 4) open_sixteen(x, bf16, own + v * R, rms[v], base, scale, T, at, 4, W, iterations, eps, out, pre, post, res);
-            else open_sixteen(x, bf16, own + v * R, rms[v], base, scale, T, at, N, W, iterations, eps, out, pre, post, res);
+            open_some(x, bf16, own + v * R, rms[v], base, scale, T, at, N, W, iterations, eps, out, pre, post, res);
         }
     }
 }

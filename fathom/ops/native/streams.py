@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from fathom.ops.cpu.products import times
 from fathom.ops.native.library import library, ready, runs, threads, trains
 from fathom.ops.native.tiles import in_tiles
-from fathom.ops.streams import open_streams, stream_coefficients, streams_in, streams_out
+from fathom.ops.streams import open_streams, streams_in, streams_out
 
 _TOKENS = 64  # whose coefficients are made here: for more, a product for all of them is faster
 _TOGETHER = 48  # tokens that a thread opens together
@@ -20,23 +20,6 @@ _KEPT = 1 << 12  # numbers of the Sinkhorn steps of a token that fit a thread's 
 def _fits(X_BSNW: Tensor, fn: Tensor) -> bool:
     B, S, N, W = X_BSNW.shape
     return X_BSNW.numel() > 0 and N <= 16 and fn.shape == ((2 + N) * N, N * W)
-
-
-def _few(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, *others: float) -> bool:
-    return _fits(X_BSNW, fn) and X_BSNW.shape[0] * X_BSNW.shape[1] <= _TOKENS and runs(X_BSNW, fn, base, scale_3)
-
-
-@stream_coefficients.register("native", supports=_few)
-def stream_coefficients_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float,
-                               norm_eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`stream_coefficients` for few tokens."""
-    B, S, N, W = X_BSNW.shape
-    x, fn, base, scale_3 = ready(X_BSNW), ready(fn), ready(base), ready(scale_3)
-    mix, pre_BSN, post_BSN, res_BSNN = (torch.empty(B, S, *shape) for shape in ((len(base),), (N,), (N,), (N, N)))
-    library().fathom_stream_coefficients(
-        x.data_ptr(), fn.data_ptr(), base.data_ptr(), scale_3.data_ptr(), B * S, N, W, iterations, eps, norm_eps, mix.data_ptr(), pre_BSN.data_ptr(),
-        post_BSN.data_ptr(), res_BSNN.data_ptr(), threads(fn.numel()))
-    return pre_BSN, post_BSN, res_BSNN
 
 
 def _taken(*tensors: Tensor) -> bool:
@@ -58,8 +41,6 @@ def streams_out_native(X_BSNW: Tensor, y_BSW: Tensor, post_BSN: Tensor, res_BSNN
 
 
 def _opens(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tensor, iterations: int, eps: float, norm_eps: float) -> bool:
-    if _few(X_BSNW, fn, base, scale_3):
-        return True
     small = iterations >= 1 and iterations * X_BSNW.shape[2]**2 <= _KEPT and eps > 0
     return small and _fits(X_BSNW, fn) and (trains(X_BSNW, fn, base, scale_3) or runs(X_BSNW, fn, base, scale_3))
 
@@ -72,7 +53,7 @@ def open_streams_native(X_BSNW: Tensor, fn: Tensor, base: Tensor, scale_3: Tenso
         return _OpenStreams.apply(X_BSNW, fn, base, scale_3, iterations, eps, norm_eps)
     (B, S, N, W), x = X_BSNW.shape, X_BSNW.contiguous()
     fn, base, scale_3 = ready(fn), ready(base), ready(scale_3)
-    if not _few(X_BSNW, fn, base, scale_3):
+    if B * S > _TOKENS:
         out_BSW, *coefficients = _opened(x, fn, base, scale_3, iterations, eps, norm_eps, kept=False)[:4]
         return out_BSW.to(x.dtype), *coefficients
     out_BSW, pre_BSN, post_BSN, res_BSNN = x.new_empty(B, S, W), torch.empty(B, S, N), torch.empty(B, S, N), torch.empty(B, S, N, N)

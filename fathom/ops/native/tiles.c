@@ -82,11 +82,6 @@ typedef void tile_kernel(const uint32_t *const *, const uint32_t *, long, long, 
 static tile_kernel *const KERNELS[2][2][WIDE] = {{{tile_float_1, tile_float_2, tile_float_3}, {tile_bf16_1, tile_bf16_2, tile_bf16_3}},
                                                  {{turned_float_1, turned_float_2, turned_float_3}, {turned_bf16_1, turned_bf16_2, turned_bf16_3}}};
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define MIXED(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define MIXED(x, y, ...) __builtin_shuffle(x, y, (words){__VA_ARGS__})
-#endif
 #define EXCHANGE(APART, FIRST, SECOND)                                                               \
     _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) if (!(i & APART)) {                      \
         words a = block[i], b = block[i + APART];                                                    \
