@@ -117,7 +117,7 @@ def serve(path: Annotated[Optional[Path], typer.Argument(
           disk_gib: Annotated[float, typer.Option("--disk-gib", help="Size of that folder at most.")] = 8.0,
           window: Annotated[str, typer.Option(help="Window states in the prefix cache: full, periodic or zero.")] = "periodic",
           drafts: Annotated[int, typer.Option(help="Tokens that the MTP block proposes at a time; 0: none.")] = 0,
-          graphs: Annotated[bool, typer.Option("--graphs", help="Decode as CUDA graphs.")] = False,
+          graphs: Annotated[bool | None, typer.Option("--graphs/--no-graphs", help="Decode as recorded steps: CUDA graphs, or on a CPU (default) tapes.")] = None,
           running: Annotated[int, typer.Option(help="Requests computed at the same time.")] = 64,
           waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
           drain: Annotated[float, typer.Option(help="Seconds for running requests when stopped.")] = 30.0,

@@ -16,7 +16,7 @@ from fathom.engine.constraint import Grammars
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.fingerprint import model_fingerprint
 from fathom.engine.grammar import Compiler
-from fathom.engine.graphs import Graphs, Recorder
+from fathom.engine.graphs import GraphRecorder, Graphs, Record, TapeRecorder
 from fathom.engine.paged_cache import PagedCache, Row
 from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Limits, Output, Request, Stats
@@ -52,10 +52,11 @@ class Engine:
         self.config = config = model.config
         if settings.drafts and not model.mtp:
             raise InputError(f"drafts is {settings.drafts}, but this model has no MTP block; use drafts 0")
-        slots, blocks = _sizes(model, quantized_cache, settings)
-        more = int(settings.graphs)  # the last slot and block are no sequence's
+        record = _recorder(model, settings)
+        slots, blocks = _sizes(model, quantized_cache, settings, record is not None)
+        more = int(record is not None)  # the last slot and block are no sequence's
         self._cache = _paged_cache(model, blocks + more, slots + more, quantized_cache, settings.drafts)
-        graphs = Graphs(model, self._cache, Row(slots, [blocks], 0), _recorder(model)) if settings.graphs else None
+        graphs = Graphs(model, self._cache, Row(slots, [blocks], 0), record) if record is not None else None
         self.block_tokens, spare = self._cache.block_tokens, 2 * settings.drafts
         self._pool = BlockPool(blocks, self._forget)
         self._interval = self.block_tokens if settings.window == "full" else settings.interval
@@ -360,11 +361,11 @@ def _paged_cache(model: Transformer, blocks: int, slots: int, quantized: bool, d
     return PagedCache(model.config, blocks, slots, weight.dtype, weight.device, quantized, 1 if drafts else 0)
 
 
-def _sizes(model: Transformer, quantized: bool, settings: EngineSettings) -> tuple[int, int]:
+def _sizes(model: Transformer, quantized: bool, settings: EngineSettings, recorded: bool) -> tuple[int, int]:
     """Slots and blocks that fit into cache_bytes: states of running requests take half of it at most."""
     one = _paged_cache(model, 1, 1, quantized, settings.drafts)
     state, block = one.state_bytes(), one.block_bytes()
-    spare = (state + block) * settings.graphs  # for the rows and blocks that fill up a recorded step
+    spare = (state + block) * recorded  # for the rows and blocks that fill up a recorded step
     slots = min(settings.running, (settings.cache_bytes - spare) // max(2 * state, 1))
     blocks = min((settings.cache_bytes - spare - slots * state) // max(block, 1), MOST_BLOCKS) if slots > 0 else 0
     if blocks < 1:
@@ -372,11 +373,13 @@ def _sizes(model: Transformer, quantized: bool, settings: EngineSettings) -> tup
     return slots, blocks
 
 
-def _recorder(model: Transformer) -> Recorder:
-    """InputError where the model's decoding cannot be recorded."""
+def _recorder(model: Transformer, settings: EngineSettings) -> Record | None:
+    """What records decoding, if anything does; InputError where it should and cannot."""
     device = model.head.weight.device
+    if settings.graphs is False or settings.graphs is None and (device.type != "cpu" or settings.drafts or model.config.attention != "v4"):
+        return None
     if model.config.attention != "v4":
-        raise InputError(f"attention {model.config.attention!r} reads as many keys as there are tokens, which no graph does; leave graphs out")
-    if device.type != "cuda":
-        raise InputError(f"graphs are CUDA's, but the model is on {device}; leave them out")
-    return Recorder()
+        raise InputError(f"attention {model.config.attention!r} reads as many keys as there are tokens, which no recorded step does; leave graphs out")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"steps are recorded on CUDA's devices and on CPUs, but the model is on {device}; leave graphs out")
+    return TapeRecorder() if device.type == "cpu" else GraphRecorder()

@@ -43,13 +43,15 @@ class Runner:
     def decode(self, answers: Sequence[Answer]) -> None:
         """One step of answers that have one token to compute, in groups of similar context."""
         for group in _groups(answers):
-            rows = self._rows(group) if self.graphs is not None else []
+            rows, logits_BV = self._rows(group) if self.graphs is not None else [], None
             if rows and not any(row.frozen for row in rows):
-                self.choose(group, self.graphs.step(rows, [answer.tokens[-1] for answer in group])[:, :self.known])
-                for answer in group:
-                    answer.place.computed += 1
-            else:
+                logits_BV = self.graphs.step(rows, [answer.tokens[-1] for answer in group])
+            if logits_BV is None:
                 self._advance(group)
+                continue
+            self.choose(group, logits_BV[:, :self.known])
+            for answer in group:
+                answer.place.computed += 1
 
     def choose(self, answers: Sequence[Answer], logits_BV: Tensor) -> None:
         """Write the next token of each answer from its row of logits [B, V]."""

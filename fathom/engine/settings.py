@@ -26,7 +26,7 @@ class EngineSettings:
     disk: Path | None = None  # folder of the cache on disk; None: none
     disk_bytes: int = 8 << 30
     drafts: int = 0  # tokens that the MTP block proposes at a time
-    graphs: bool = False  # decode as CUDA graphs
+    graphs: bool | None = None  # decode as recorded steps: CUDA graphs, or tapes on a CPU; None: on a CPU where there are no drafts
 
     def __post_init__(self):
         for name in ("cache_bytes", "running", "waiting", "prefill_chunk", "interval", "disk_bytes"):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from torch import Tensor
 
 from fathom.config import ModelConfig
+from fathom.engine.graphs import Steps, TapeRecorder
 from fathom.model.cache import Cache
 from fathom.model.transformer import Transformer
 
@@ -25,7 +26,8 @@ class Reader:
         self.model, self.token_T, self.chunk = model, token_T, chunk
         self.keep = sorted(keep)
         self.stops = sorted({*stops, *keep, len(token_T)})
-        self.cache = model.new_cache(1, capacity(model.config, len(token_T) + room))
+        self.cache = model.new_cache(1, capacity(model.config, len(token_T) + room + Steps.spare(model.config)))
+        self._steps = Steps(model, self.cache, TapeRecorder()) if self.cache.length_B.device.type == "cpu" and model.config.attention == "v4" else None
         self._kept: dict[int, list[Tensor]] = {}
 
     def chunks(self, begin: int = 0) -> Iterator[tuple[int, int]]:
@@ -51,7 +53,9 @@ class Reader:
         return logits_V
 
     def step(self, token_S: Tensor) -> Tensor:
-        """Logits [V] after tokens that the text need not have."""
+        """Logits [V] after tokens that the text need not have; a single one as a recorded step, where it can be."""
+        if len(token_S) == 1 and self._steps is not None:
+            return self._steps.step(token_S.tolist())[0].clone()
         return self.model(token_S[None], cache=self.cache, last_only=True).logits[0, 0]
 
     def back_to(self, place: int) -> None:

@@ -83,7 +83,7 @@ class Layout:
     def _blocks(self, ratio: int, cached: bool) -> Blocks:
         B, S = self.position_BS.shape
         if cached and S == 1 and not self._ends(ratio):
-            return self._no_blocks(ratio)
+            return self._no_blocks(ratio, max(start // ratio for start, _ in self._spans))
         ends_BS = ((self.position_BS + 1) % ratio == 0) & self.real_BS
         done_BS = (self.start_B // ratio)[:, None] + ends_BS.cumsum(1)  # blocks of the row up to and with each token
         count_BS = (self.position_BS + 1) // ratio
@@ -116,9 +116,9 @@ class Layout:
         """Whether one of the rows' single tokens completes a block."""
         return any((start + count) % ratio == 0 and count for start, count in self._spans)
 
-    def _no_blocks(self, ratio: int) -> Blocks:
-        """As `_blocks` where a single token a row completes none, which are most decoded tokens."""
+    def _no_blocks(self, ratio: int, entries: int) -> Blocks:
+        """As `_blocks` where a single token a row completes none, which are most decoded tokens; rows have so many `entries`."""
         none_N, none_NR = self.count_B.new_empty(0), self.count_B.new_empty(0, ratio)
         count_BS, overlap = self.place_BS // ratio, kind_of_ratio(ratio) == "csa"
         return Blocks(none_N, none_N, none_N, none_NR, none_NR if overlap else None, none_N.bool() if overlap else None,
-                      torch.zeros_like(count_BS), count_BS * self.count_B[:, None], max(start // ratio for start, _ in self._spans), none_N)
+                      torch.zeros_like(count_BS), count_BS * self.count_B[:, None], entries, none_N)

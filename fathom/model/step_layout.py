@@ -4,6 +4,8 @@ Nothing is asked of the device and no shape depends on a number. What `Layout` l
 each row's latest block is pooled, and what comes of an incomplete one goes to a spare place behind the row, which nobody reads.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,16 @@ from fathom.model.layout import Blocks, Layout
 class StepLayout(Layout):
     """Of the token at place cache.length_B of each row, in rows of `places` places, a multiple of all ratios, with more behind them."""
 
-    def __init__(self, config: ModelConfig, cache: Cache, places: int):
-        self.places = places
+    def __init__(self, config: ModelConfig, cache: Cache, places: int, ratios: Collection[int] | None = None):
+        """`ratios`: those of whose blocks a row may complete one, if not of all."""
+        self.places, self.ratios = places, config.ratios if ratios is None else ratios
         one_B = torch.ones_like(cache.length_B)
         moves = Moves(cache.length_B, one_B, 1, known=(True, places))
         super().__init__(config, cache.length_B[:, None], one_B, cache, moves)
 
     def _blocks(self, ratio: int, cached: bool) -> Blocks:
+        if ratio not in self.ratios:
+            return self._no_blocks(ratio, self.places // ratio)
         row_B = torch.arange(len(self.start_B), device=self.start_B.device)
         step_R, overlap = torch.arange(1 - ratio, 1, device=row_B.device), kind_of_ratio(ratio) == "csa"
         ring = 2 * ratio if overlap else ratio

@@ -10,6 +10,7 @@ from fathom.checkpoint.names import released_name
 from fathom.data.packing import Batch
 from fathom.devices import use_device
 from fathom.engine.engine import dtype_of
+from fathom.engine.graphs import Steps, TapeRecorder
 from fathom.engine.settings import EngineSettings
 from fathom.lab.bench.measure import measure, serve
 from fathom.lab.bench.plan import Case
@@ -35,18 +36,24 @@ class Fathom:
         self.chunk, self.mtp, self.matrices = case.chunk or EngineSettings.prefill_chunk, case.mtp, case.optimizer
         self.products = narrow_dtype(case.dtype, self.model.head.weight.device)  # of training: its weights are float32
         self.optimizer: Optimizer | None = None
+        self.steps: Steps | None = None
         self.facts: dict[str, Any] = {}
 
     def use(self, setting: str) -> None:
         """There is one way."""
 
     def new_cache(self, batch: int, tokens: int) -> Cache:
-        """An empty cache."""
-        return self.model.new_cache(batch, tokens)
+        """An empty cache, with the places that recorded steps want behind its tokens."""
+        return self.model.new_cache(batch, min(tokens + Steps.spare(self.model.config), self.model.config.max_position_embeddings))
 
     def feed(self, cache: Cache, token_BS: Tensor) -> None:
-        """Extend the cache by tokens [B, S] and compute the logits after the last one."""
-        self.model(token_BS, cache=cache, last_only=True)
+        """Extend the cache by tokens [B, S] and compute the logits after the last one; single tokens as the engine does, as recorded steps."""
+        if token_BS.shape[1] > 1 or token_BS.device.type != "cpu" or self.model.config.attention != "v4":
+            self.model(token_BS, cache=cache, last_only=True)
+            return
+        if self.steps is None or self.steps.cache is not cache:
+            self.steps = Steps(self.model, cache, TapeRecorder())
+        self.steps.step(token_BS[:, 0].tolist())
 
     def train(self, token_BS: Tensor) -> None:
         """A step as in pre-training after its dense start: losses, gradients, clipping, optimiser, router biases."""

@@ -11,9 +11,9 @@ from fathom.data.packing import Batch
 from fathom.engine.graphs import Graphs
 from fathom.engine.paged_cache import PagedCache, Row
 from fathom.ops.dispatch import Op
+from fathom.ops.tape import Tape
 from fathom.train.objective import LossWeights, objective
 from tests.models import random_model, random_tokens, small_config
-from tests.tapes import Tape
 
 CONFIG = small_config([0, 4, 6, 4], sliding_window=8, index_topk=3, head_dim=32)
 KERNELS = {"attention", "collapse_coefficients", "cross_entropy", "index_topk", "low_rank_queries", "pool_blocks", "rms_normalise", "rotate", "routed_experts",
@@ -78,18 +78,21 @@ def test_a_decoding_step_can_be_recorded_since_its_kernels_ask_for_nothing(ran):
     cache = PagedCache(CONFIG, 5, 3, torch.float32, torch.device("cpu"))
     tokens, rows = random_tokens(CONFIG, 2, 21), [(0, [0, 1]), (1, [2, 3])]
 
-    def watched(step):
-        def again():
-            with Tape(kept=False):
-                logits_BV.copy_(step())
+    class Watched:
+        apart = False
 
-        logits_BV = torch.empty(2, CONFIG.vocab_size)
-        return logits_BV, again
+        def __call__(self, step):
+            def again():
+                with Tape():
+                    logits_BV.copy_(step())
+
+            logits_BV = torch.empty(2, CONFIG.vocab_size)
+            return logits_BV, again
 
     with torch.inference_mode():
         model(tokens[:, :20], cache=cache.view([Row(slot, blocks, 0) for slot, blocks in rows], 24))
     with ops.using("triton"):
-        got_BV = Graphs(model, cache, Row(2, [4], 0), watched).step([Row(slot, blocks, 20) for slot, blocks in rows], tokens[:, 20].tolist())
+        got_BV = Graphs(model, cache, Row(2, [4], 0), Watched()).step([Row(slot, blocks, 20) for slot, blocks in rows], tokens[:, 20].tolist())
     with torch.no_grad():
         torch.testing.assert_close(got_BV, model(tokens).logits[:, -1], rtol=1e-4, atol=1e-4)
     assert ran >= {"attention", "index_topk", "routed_experts", "pool_blocks", "stream_coefficients"}
