@@ -1,6 +1,17 @@
 /* Newton-Schulz in tiles (tiles.c; report 2.4, Algorithm 1): a thread takes a matrix through all steps, in its core's cache. Two of the three products of a
    step are symmetric: of those half is computed. */
 
+/* The 16 rows of a matrix [., O] from `from` on, the `count` columns from `to` on, written a second time as columns. */
+ALWAYS void mirror(void *out, int bf16, long O, long from, long to, long count) {
+    words block[LANES];
+    for (long i = 0; i < LANES; i++) {
+        lanes found = load_part(out, bf16, (from + i) * O + to, count);
+        block[i] = (words)found;
+    }
+    turn(block);
+    for (long i = 0; i < LANES && i < count; i++) store_part((lanes)block[i], out, bf16, (to + i) * O + from, LANES);
+}
+
 /* alpha x m^T + beta `plus` -> out [N, O] for x [N, I] and packed columns of m; of a symmetric result the upper half, which is mirrored. Everything in one dtype. */
 static void scaled_product(const void *x, int bf16, const uint32_t *columns, long N, long O, long I, float alpha, const void *plus, float beta, int symmetric,
                            void *out) {
@@ -21,13 +32,8 @@ static void scaled_product(const void *x, int bf16, const uint32_t *columns, lon
                 }
         }
     }
-    for (long from = 0; symmetric && from < N; from += LANES) /* in blocks, whose cache lines are used whole */
-        for (long to = from; to < N; to += LANES)
-            for (long n = from; n < N && n < from + LANES; n++)
-                for (long o = to; o < N && o < to + LANES; o++) {
-                    if (bf16) ((uint16_t *)out)[o * O + n] = ((const uint16_t *)out)[n * O + o];
-                    else ((float *)out)[o * O + n] = ((const float *)out)[n * O + o];
-                }
+    for (long from = 0; symmetric && from < N; from += LANES) /* blocks on the diagonal are whole */
+        for (long to = from + LANES; to < N; to += LANES) mirror(out, bf16, O, from, to, N - to);
 }
 
 /* X <- a X + b (X X^T) X + c (X X^T)^2 X of each X [N, M] of B, in place, for each (a, b, c) of the steps. N and M are even for bfloat16. `space` [threads, room]
