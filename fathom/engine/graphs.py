@@ -16,6 +16,7 @@ from fathom.engine.paged_cache import PagedCache, Row, tokens_of_block
 from fathom.model.cache import Cache
 from fathom.model.step_layout import StepLayout
 from fathom.model.transformer import Transformer
+from fathom.ops.dispatch import preferred
 from fathom.ops.tape import Tape, Unrecordable
 
 Replay = Callable[[], object]
@@ -73,6 +74,7 @@ class Recording(NamedTuple):
     numbers_BN: Tensor
     logits_BV: Tensor
     replay: Replay
+    weights: list[Tensor]  # which kernels know by their places alone
 
     def run(self, numbers: Sequence[Sequence[int]]) -> Tensor:
         """Logits [B, V] for these numbers; they hold until the next run."""
@@ -82,10 +84,14 @@ class Recording(NamedTuple):
 
 
 class _Recordings:
-    """Recordings by what they depend on; None stands for what cannot be recorded. Of tapes the one that was not used for longest makes room."""
+    """Recordings by what they depend on; None stands for what cannot be recorded. Of tapes the one that was not used for longest makes room.
 
-    def __init__(self, record: Record):
+    The model's weights may change where they lie. Those that come to lie elsewhere are recorded anew; a hook or a module that comes later is not seen.
+    """
+
+    def __init__(self, record: Record, model: Transformer):
         self.record = record
+        self._weights = [*model.parameters(), *model.buffers()]
         self._made: dict[tuple, Recording | None] = {}
 
     def __len__(self) -> int:
@@ -93,11 +99,11 @@ class _Recordings:
 
     def get(self, key: tuple, numbers: Sequence[Sequence[int]], device: torch.device, step: Callable[[Tensor], Tensor]) -> Recording | None:
         """The recording; if there is none, it is made with these numbers."""
-        key = *key, torch.get_num_threads()
+        key = *key, torch.get_num_threads(), preferred(), tuple(weight.data_ptr() for weight in self._weights)
         if key not in self._made:
-            numbers_BN = torch.tensor(numbers, device=device)
+            numbers_BN, weights = torch.tensor(numbers, device=device), [weight.detach() for weight in self._weights]
             try:
-                self._made[key] = Recording(numbers_BN, *self.record(lambda: step(numbers_BN)))
+                self._made[key] = Recording(numbers_BN, *self.record(lambda: step(numbers_BN)), weights)
             except Unrecordable:
                 self._made[key] = None
             if self.record.apart and len(self._made) > _MOST:
@@ -111,7 +117,7 @@ class Graphs:
 
     def __init__(self, model: Transformer, cache: PagedCache, spare: Row, record: Record):
         self.model, self.cache, self.spare = model, cache, spare
-        self.recordings = _Recordings(record)
+        self.recordings = _Recordings(record, model)
 
     def step(self, rows: Sequence[Row], tokens: Sequence[int]) -> Tensor | None:
         """Logits [B, V] after one new token of each row; they hold until the next step. All entries of the rows are written, none is frozen.
@@ -143,7 +149,7 @@ class Steps:
     """Decoding of all rows of a plain cache, a token each, as `model(token_B1, cache=cache)` does it, bit for bit, but recorded."""
 
     def __init__(self, model: Transformer, cache: Cache, record: Record):
-        self.model, self.cache, self._recordings = model, cache, _Recordings(record)
+        self.model, self.cache, self._recordings = model, cache, _Recordings(record, model)
         block = tokens_of_block(model.config)
         self._places = cache.max_tokens // block * block - block  # behind them every layer has a spare place
 
