@@ -41,6 +41,11 @@ class Tape(TorchDispatchMode):
         self._kept: list[Any] = []  # kernels know tensors by their places alone
         self._inside = ExitStack()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would load its compiler (a second, 150 MB) to keep it away from what no compiler comes near."""
+        return False
+
     def __enter__(self) -> "Tape":
         self._inside.enter_context(listening(self._kernel))
         return super().__enter__()

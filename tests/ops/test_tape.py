@@ -1,5 +1,7 @@
 """Tapes: a step runs again on what its inputs hold now, operators and kernels alike, and one that would have looked at a number is refused."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -94,3 +96,19 @@ def test_a_kernel_that_refuses_at_a_replay_is_heard():
         expert_NK[0, 1] = 4
         with pytest.raises(Unrecordable, match="experts_in answers otherwise"):
             tape.replay()
+
+
+def test_torchs_compiler_stays_out_of_it():
+    """It takes a second and 150 MB to load, which the first token of a server would wait for."""
+    program = """
+import sys, torch
+from fathom.ops.tape import Tape
+x = torch.ones(3)
+with torch.inference_mode():
+    with Tape() as tape:
+        y = x + 1
+    x.fill_(2)
+    tape.replay()
+print(y.sum().item(), "torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split() == ["9.0", "False"]
