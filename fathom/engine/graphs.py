@@ -118,6 +118,7 @@ class Graphs:
     def __init__(self, model: Transformer, cache: PagedCache, spare: Row, record: Record):
         self.model, self.cache, self.spare = model, cache, spare
         self.recordings = _Recordings(record, model)
+        self._refused: set[tuple[int, int]] = set()  # rows and blocks that could not be recorded: more of both cannot, either
 
     def step(self, rows: Sequence[Row], tokens: Sequence[int]) -> Tensor | None:
         """Logits [B, V] after one new token of each row; they hold until the next step. All entries of the rows are written, none is frozen.
@@ -126,6 +127,8 @@ class Graphs:
         """
         B, P, config = _filled(len(rows)), _filled(max(len(row.blocks) for row in rows)), self.model.config
         ratios = _completed(config, (row.length for row in rows)) if self.recordings.record.apart else None
+        if any(B >= refused and P >= blocks for refused, blocks in self._refused):
+            return None
 
         def step(numbers_BN: Tensor) -> Tensor:
             token_B1, length_B, slot_B, block_BP = numbers_BN[:, :1], numbers_BN[:, 1], numbers_BN[:, 2], numbers_BN[:, 3:]
@@ -140,6 +143,7 @@ class Graphs:
         spare = [[0, self.spare.length, self.spare.slot, *self.spare.blocks * (P + 1)]]
         recording = self.recordings.get((B, P, ratios), spare * B, self.cache.device, step)
         if recording is None:
+            self._refused.add((B, P))
             return None
         own = [numbers(row, token) for row, token in zip(rows, tokens, strict=True)]
         return recording.run(own + spare * (B - len(rows)))[:len(rows)]

@@ -176,8 +176,10 @@ def test_where_a_step_cannot_be_recorded_it_is_made_as_ever(model, tokenizer, mo
     monkeypatch.setattr("fathom.engine.graphs._TAPE_BYTES", 1 << 14)
     with pytest.raises(Unrecordable):
         TapeRecorder()(lambda: torch.ones(1 << 13) + 1)
-    expected, got = (written(engine, requests_for(model)) for engine in (Engine(model, tokenizer, settings=each) for each in settings))
-    assert got == expected
+    plain, recorded = (Engine(model, tokenizer, settings=each) for each in settings)
+    assert written(recorded, requests_for(model)) == written(plain, requests_for(model))
+    graphs = recorded._runner.graphs
+    assert graphs._refused and len(graphs.recordings) == len(graphs._refused) <= 2  # what is larger is not even tried
 
 
 @kernels
