@@ -107,11 +107,15 @@ static inline void dot_float_4(const float *row, const float *x, long step, long
 /* Up to 16 rows, `bytes` apart, times n x each -> sums [n, 16]: a part of each row after the other, the sums of which are added, so that those of
    several x stay in the first cache while all rows use them. */
 ALWAYS void dots_of_rows(const char *row, long bytes, long rows, const char *x, long step, long I, int how, int n, lanes *sums) {
-    long part = how == PAIRS ? 1024 : 512, width = how == FLOATS ? 4 : 2, own_width = how == PAIRS ? 2 : 4, parts = (I + part - 1) / part;
-    for (long i = 0; i < parts * rows; i++) {
-        long r = n == 1 ? i / parts : i % rows, from = (n == 1 ? i % parts : i / rows) * part;
-        dots(row + r * bytes + from * width, x + from * own_width, step, I - from < part ? I - from : part, how, n, sums + r, LANES, from > 0);
-    }
+    long part = how == PAIRS ? 1024 : 512, width = how == FLOATS ? 4 : 2, own_width = how == PAIRS ? 2 : 4;
+#define PART_OF(r, from) \
+    dots(row + (r) * bytes + (from) * width, x + (from) * own_width, step, I - (from) < part ? I - (from) : part, how, n, sums + (r), LANES, (from) > 0)
+    if (n == 1) /* needs no such care: row after row */
+        for (long r = 0; r < rows; r++)
+            for (long from = 0; from < I; from += part) PART_OF(r, from);
+    else
+        for (long from = 0; from < I; from += part)
+            for (long r = 0; r < rows; r++) PART_OF(r, from);
 }
 
 #define DOTS(NAME, HOW, N)                                                                                                                    \
