@@ -16,7 +16,7 @@ from fathom.engine.constraint import Grammars
 from fathom.engine.disk_cache import DiskCache
 from fathom.engine.fingerprint import model_fingerprint
 from fathom.engine.grammar import Compiler
-from fathom.engine.graphs import GraphRecorder, Graphs, Record, TapeRecorder
+from fathom.engine.graphs import GraphRecorder, Graphs, Record, TapeRecorder, usual_recorder
 from fathom.engine.paged_cache import PagedCache, Row
 from fathom.engine.prefix_cache import PrefixCache
 from fathom.engine.request import Limits, Output, Request, Stats
@@ -376,7 +376,9 @@ def _sizes(model: Transformer, quantized: bool, settings: EngineSettings, record
 def _recorder(model: Transformer, settings: EngineSettings) -> Record | None:
     """What records decoding, if anything does; InputError where it should and cannot."""
     device = model.head.weight.device
-    if settings.graphs is False or settings.graphs is None and (device.type != "cpu" or settings.drafts or model.config.attention != "v4"):
+    if settings.graphs is None:
+        return None if settings.drafts else usual_recorder(model)
+    if not settings.graphs:
         return None
     if model.config.attention != "v4":
         raise InputError(f"attention {model.config.attention!r} reads as many keys as there are tokens, which no recorded step does; leave graphs out")

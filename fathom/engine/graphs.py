@@ -68,6 +68,11 @@ class TapeRecorder:
         return out, tape.replay
 
 
+def usual_recorder(model: Transformer) -> TapeRecorder | None:
+    """What records the steps of a model where nothing else is asked for: on a CPU, and with V4's attention."""
+    return TapeRecorder() if model.head.weight.device.type == "cpu" and model.config.attention == "v4" else None
+
+
 class Recording(NamedTuple):
     """A recorded step: where its numbers go in [B, N], where its logits come out [B, V], and what replays it."""
 
@@ -150,10 +155,11 @@ class Graphs:
 
 
 class Steps:
-    """Decoding of all rows of a plain cache, a token each, as `model(token_B1, cache=cache)` does it, bit for bit, but recorded."""
+    """Decoding of all rows of a plain cache, a token each, as `model(token_B1, cache=cache)` does it, bit for bit, but recorded where it can be."""
 
-    def __init__(self, model: Transformer, cache: Cache, record: Record):
-        self.model, self.cache, self._recordings = model, cache, _Recordings(record, model)
+    def __init__(self, model: Transformer, cache: Cache):
+        record = usual_recorder(model)
+        self.model, self.cache, self._recordings = model, cache, None if record is None else _Recordings(record, model)
         block = tokens_of_block(model.config)
         self._places = cache.max_tokens // block * block - block  # behind them every layer has a spare place
 
@@ -165,15 +171,16 @@ class Steps:
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Logits [B, V] after one new token of each row; they hold until the next step."""
-        lengths, cache, config = self.cache.length_B.tolist(), self.cache, self.model.config
-        ratios = _completed(config, lengths) if self._recordings.record.apart else None
+        cache, config = self.cache, self.model.config
+        lengths = [] if self._recordings is None else cache.length_B.tolist()
+        ratios = _completed(config, lengths)
 
         def step(numbers_BN: Tensor) -> Tensor:
             view = _View(cache, numbers_BN[:, 1])
             return self.model(numbers_BN[:, :1], cache=view, layout=StepLayout(config, view, self._places, ratios)).logits[:, 0]
 
-        numbers = [[token, length] for token, length in zip(tokens, lengths, strict=True)]
-        known = all(0 <= token < config.vocab_size for token in tokens) and max(lengths) < self._places
+        numbers = [[token, length] for token, length in zip(tokens, lengths, strict=self._recordings is not None)]
+        known = numbers and all(0 <= token < config.vocab_size for token in tokens) and max(lengths) < self._places
         recording = self._recordings.get((ratios,), numbers, cache.length_B.device, step) if known else None
         if recording is None:
             return self.model(torch.tensor(tokens, device=cache.length_B.device)[:, None], cache=cache).logits[:, 0]

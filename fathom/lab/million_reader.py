@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from torch import Tensor
 
 from fathom.config import ModelConfig
-from fathom.engine.graphs import Steps, TapeRecorder
+from fathom.engine.graphs import Steps
 from fathom.model.cache import Cache
 from fathom.model.transformer import Transformer
 
@@ -27,7 +27,7 @@ class Reader:
         self.keep = sorted(keep)
         self.stops = sorted({*stops, *keep, len(token_T)})
         self.cache = model.new_cache(1, capacity(model.config, len(token_T) + room + Steps.spare(model.config)))
-        self._steps = Steps(model, self.cache, TapeRecorder()) if self.cache.length_B.device.type == "cpu" and model.config.attention == "v4" else None
+        self._steps = Steps(model, self.cache)
         self._kept: dict[int, list[Tensor]] = {}
 
     def chunks(self, begin: int = 0) -> Iterator[tuple[int, int]]:
@@ -54,7 +54,7 @@ class Reader:
 
     def step(self, token_S: Tensor) -> Tensor:
         """Logits [V] after tokens that the text need not have; a single one as a recorded step, where it can be."""
-        if len(token_S) == 1 and self._steps is not None:
+        if len(token_S) == 1:
             return self._steps.step(token_S.tolist())[0].clone()
         return self.model(token_S[None], cache=self.cache, last_only=True).logits[0, 0]
 

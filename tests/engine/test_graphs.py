@@ -132,7 +132,7 @@ def test_steps_of_a_plain_cache_are_the_models_bit_for_bit_to_its_last_place(row
     recorded, plain = (model.new_cache(rows, 58) for _ in range(2))
     for cache in (recorded, plain):
         model(tokens[:, :17], cache=cache, count_B=counts)
-    steps = Steps(model, recorded, TapeRecorder())
+    steps = Steps(model, recorded)
     for step in range(17, 58):
         expected = model(tokens[:, step:step + 1], cache=plain).logits[:, 0]
         assert torch.equal(steps.step(tokens[:, step].tolist()), expected)
@@ -145,7 +145,16 @@ def test_steps_of_a_plain_cache_are_the_models_bit_for_bit_to_its_last_place(row
     with pytest.raises(InputError, match="longer than the cache holds, 58"):
         steps.step([0] * rows)
     with pytest.raises(InputError, match="token id 300 is outside the vocabulary"):
-        Steps(model, model.new_cache(1, 58), TapeRecorder()).step([300])
+        Steps(model, model.new_cache(1, 58)).step([300])
+
+
+def test_steps_of_another_attention_are_the_models():
+    model = random_model(small_config([0, 0], attention="gqa", num_hash_layers=0))
+    tokens, caches = random_tokens(model.config, 2, 9), [model.new_cache(2, 9) for _ in range(2)]
+    steps = Steps(model, caches[0])
+    assert steps._recordings is None
+    for step in range(9):
+        assert torch.equal(steps.step(tokens[:, step].tolist()), model(tokens[:, step:step + 1], cache=caches[1]).logits[:, 0])
 
 
 @kernels
@@ -153,7 +162,7 @@ def test_packed_weights_and_weights_that_are_moved_afterwards_are_read_anew(tmp_
     save_model(random_model(small_config(RATIOS)), tmp_path / "model", layout="official-fp4")
     model = fathom.load_model(tmp_path / "model", torch.bfloat16, packed=True, simulate_quantization=True)
     tokens, caches = random_tokens(model.config, 2, 50), [model.new_cache(2, 50, quantized=True) for _ in range(2)]
-    steps = Steps(model, caches[0], TapeRecorder())
+    steps = Steps(model, caches[0])
     for step in range(30):
         if step == 20:
             with torch.no_grad():

@@ -10,7 +10,7 @@ from fathom.checkpoint.names import released_name
 from fathom.data.packing import Batch
 from fathom.devices import use_device
 from fathom.engine.engine import dtype_of
-from fathom.engine.graphs import Steps, TapeRecorder
+from fathom.engine.graphs import Steps
 from fathom.engine.settings import EngineSettings
 from fathom.lab.bench.measure import measure, serve
 from fathom.lab.bench.plan import Case
@@ -48,11 +48,11 @@ class Fathom:
 
     def feed(self, cache: Cache, token_BS: Tensor) -> None:
         """Extend the cache by tokens [B, S] and compute the logits after the last one; single tokens as the engine does, as recorded steps."""
-        if token_BS.shape[1] > 1 or token_BS.device.type != "cpu" or self.model.config.attention != "v4":
+        if token_BS.shape[1] > 1:
             self.model(token_BS, cache=cache, last_only=True)
             return
         if self.steps is None or self.steps.cache is not cache:
-            self.steps = Steps(self.model, cache, TapeRecorder())
+            self.steps = Steps(self.model, cache)
         self.steps.step(token_BS[:, 0].tolist())
 
     def train(self, token_BS: Tensor) -> None:
