@@ -24,7 +24,7 @@ from fathom.lab.bench.machine import commit
 from fathom.lab.experiment import Experiment, Variant
 from fathom.lab.experiments import EXPERIMENTS
 from fathom.lab.one_run import RESULT, training_folder
-from fathom.signals import termination_as_interrupt
+from fathom.signals import interrupts_held, termination_as_interrupt
 from fathom.train.pretrain import Pretrain
 from fathom.train.tracking import read_metrics
 
@@ -125,7 +125,10 @@ def _work(missing: list[Job], base: Path, overrides: list[str], jobs: int, steps
             while waiting or running:
                 while len(running) < jobs and (job := _next(waiting, {other.training for other, _, _ in running})) is not None:
                     waiting.remove(job)
-                    running.append((job, _start(job, base, overrides), progress.add_task(job.title, total=steps)))
+                    task = progress.add_task(job.title, total=steps)
+                    with interrupts_held() as answer:
+                        running.append((job, _start(job, base, overrides), task))
+                        answer()
                 time.sleep(LOOK_SECONDS)
                 for entry in [*running]:
                     job, process, task = entry

@@ -5,7 +5,6 @@ The reading is measured in a process of its own (million_run.py); this one prepa
 
 import dataclasses
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from fathom.errors import DataError, FathomError, InputError
 from fathom.lab import million_facts, million_report, million_run
 from fathom.lab.baseline_costs import curves
 from fathom.model.transformer import Transformer
+from fathom.signals import child_process
 from fathom.text.tokenizer import Tokenizer
 
 OWN_TEXT = Path(__file__).resolve().parents[2] / "recipes" / "data" / "austen.jsonl.xz"
@@ -242,12 +242,9 @@ def _child(job: Path) -> Iterator[Any]:
     It is a session of its own, so that Ctrl-C in a terminal is for this process alone.
     """
     command = [sys.executable, "-m", "fathom.lab.million_run", str(job)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        try:
-            yield process.stdout
-        except BaseException:
-            process.kill()
-            raise
+    with child_process(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        yield process.stdout
+        process.wait()
     if process.returncode:
         raise MeasurementError(f"the measuring process ended with exit code {process.returncode}"
                                + (" (killed, perhaps for its memory)" if process.returncode == -9 else ""))

@@ -17,6 +17,7 @@ from fathom.lab.bench.machine import commit, machine
 from fathom.lab.bench.plan import BenchError, Case, Plan
 from fathom.lab.bench.report import draw, name_of, table
 from fathom.lab.bench.shares import add_ratios, figures
+from fathom.signals import child_process
 
 CHILD = "fathom.lab.bench.child"
 PEERS = {"transformers": "fathom.lab.bench.peer_transformers"}
@@ -95,14 +96,9 @@ def run_child(module: str, argument: str, threads: int | None = None) -> dict[st
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, "-m", module, argument], stdin=subprocess.PIPE, stdout=output, stderr=errors,
-                                   env=environment)
-        try:
+        with child_process([sys.executable, "-m", module, argument], stdin=subprocess.PIPE, stdout=output, stderr=errors,
+                           env=environment) as process:
             process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            process.stdin.close()
         if process.returncode < 0:
             raise Failure(f"died (signal {-process.returncode})")
         output.seek(0)
