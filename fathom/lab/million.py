@@ -5,6 +5,7 @@ The reading is measured in a process of its own (million_run.py); this one prepa
 
 import dataclasses
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
