@@ -116,6 +116,30 @@ def test_in_tiles_it_is_the_definition_with_any_number_of_threads(rows, columns,
     torch.testing.assert_close(orthogonalize(matrices_BNM[:4], dtype=dtype), found[0][:4], atol=1e-4, rtol=0)
 
 
+def _spectrum(values, columns):
+    """A matrix [len(values), columns] with these singular values."""
+    U, V = (torch.linalg.qr(random_matrices(1, side, side, torch.float64)[0])[0] for side in (len(values), columns))
+    return (U * values.double()) @ V[:len(values)]
+
+
+@pytest.mark.skipif(library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("rows, columns", [(256, 512), (64, 96), (32, 320)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_made_together_bear_what_has_almost_no_rank(rows, columns, dtype, monkeypatch):
+    """As near to float64's as the definition in the same dtype is: between gradients of few directions and noise, rounding grows most."""
+    monkeypatch.setattr("fathom.ops.native.tiles.kinds", lambda: 3)
+    few = torch.arange(rows) < 3
+    M_BNM = torch.stack([_spectrum(values, columns) for values in (
+        few * 1.0, torch.where(few, 1.0, 1e-3), torch.where(few, 1.0, 1e-5), torch.where(few, 1.0, 1e-9), torch.arange(1, rows + 1) ** -1.0,
+        torch.arange(1, rows + 1) ** -4.0, *(torch.logspace(0, end, rows) for end in (-2, -4, -6, -8)))])
+    M_BNM = torch.cat([M_BNM, torch.ones(1, rows, columns), torch.zeros(1, rows, columns)])
+    assert orthogonalize.choose(M_BNM.float(), dtype=dtype)[0] == "native"
+    exact, found, defined = orthogonalize.definition(M_BNM), orthogonalize(M_BNM.float(), dtype=dtype), orthogonalize.definition(M_BNM.float(), dtype=dtype)
+    assert torch.linalg.svdvals(found).max() < 1.02 and not found[-1].any()
+    own, theirs = ((each - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2)).clamp(min=1) for each in (found, defined))
+    assert (own < 2 * theirs + (0.02 if dtype is torch.bfloat16 else 1e-3)).all(), (own, theirs)
+
+
 @pytest.mark.parametrize("rows, columns", [(8, 8), (24, 96), (96, 24), (256, 512), (128, 640)])
 def test_steps_in_bfloat16_settle_the_singular_values_too(rows, columns):
     X_BNM = orthogonalize(random_matrices(3, rows, columns), dtype=torch.bfloat16)

@@ -77,7 +77,7 @@ _ARGUMENTS = {
     "index_topk_of_many": [*[_P] * 3, _I, _P, _P, *[_L] * 7, *[_P] * 3, _I],
     "attention_of_many": [*[_P] * 3, _I, *[_P] * 7, *[_L] * 9, *[_P] * 3, _L, _P, _I],
     "attention_backward": [*[_P] * 4, _I, *[_P] * 7, *[_L] * 9, *[_P] * 3, _L, *[_P] * 5, _I],
-    "newton_schulz": [_P, _I, *[_L] * 3, _P, _L, _P, _L, _I],
+    "newton_schulz": [_P, _I, *[_L] * 3, _P, _L, _L, _P, _L, _I],
     "tile_kinds": [],
     "pool_blocks": [_P, _P, _L, *[_P] * 3, *[_L] * 3, _P, _I],
 }
