@@ -63,6 +63,7 @@ _ARGUMENTS = {
     "streams_opened": [_P, _I, *[_P] * 3, *[_L] * 4, _F, _F, *[_P] * 7, _I],
     "streams_opened_backward": [*[_P] * 9, *[_L] * 4, _F, *[_P] * 3, _I],
     "streams_in_backward": [*[_P] * 4, *[_L] * 3, _P, _P, _I],
+    "streams_gradients": [*[_P] * 6, *[_L] * 3, *[_P] * 3, _I],
     "streams_out_backward": [*[_P] * 5, *[_L] * 3, *[_P] * 4, _I],
     "column_probabilities": [_P, _I, _P, *[_L] * 4, _F, *[_P] * 3, _L, *[_P] * 3, _L, _I, _L, _P, _I, _I],
     "column_gradients": [_P, _I, _P, _L, _L, _F, _P, _P, _I],

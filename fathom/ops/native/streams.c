@@ -240,6 +240,65 @@ void fathom_streams_in_backward(const float *x, const float *pre, const float *r
     }
 }
 
+/* The sums over K tokens of a number of each row, `step` from one token to the next, times V times 16 numbers behind the token's place -> out [8][V]. */
+#define STRIPE_OF(V)                                                                                                                                      \
+    static __attribute__((noinline)) void stripe_##V(const uint32_t *const *row, long step, const uint32_t *const *places, long offset, long K, lanes *out) { \
+        tile(row, step, NULL, places, offset, LANES, K, 0, V, out, 0);                                                                                    \
+    }
+STRIPE_OF(1) STRIPE_OF(2) STRIPE_OF(3)
+typedef void stripe_kernel(const uint32_t *const *, long, const uint32_t *const *, long, long, lanes *);
+static stripe_kernel *const STRIPES[WIDE] = {stripe_1, stripe_2, stripe_3};
+
+enum { TOKENS = 64 /* tokens whose numbers stay in the cache of a core */ };
+
+/* What the gradient of mix [T, R] gives to x and to fn [R, N W], W a multiple of 16: x_grad [T, N, W] = mix_grad fn + pre_n grad + radial x_n, and fn_grad =
+   mix_grad^T x. `columns` [N W, R] is for use in between. */
+void fathom_streams_gradients(const float *x, const float *fn, const float *mix_grad, const float *pre, const float *radial, const float *grad, long T, long N,
+                              long W, float *x_grad, float *fn_grad, uint32_t *columns, int threads) {
+    long R = (2 + N) * N, I = N * W;
+    memset(fn_grad, 0, R * I * sizeof(float));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        long low = share(thread_number(), thread_count(), I, LANES), high = share(thread_number() + 1, thread_count(), I, LANES);
+        pack_matrix(fn, 1, I, 0, low, high, R, columns);
+        for (long t = 0; t < T; t += TOKENS) { /* a thread has some of the numbers of all tokens: sums are the same for any number of threads */
+            long K = T - t < TOKENS ? T - t : TOKENS;
+            const uint32_t *places[TOKENS];
+            for (long k = 0; k < K; k++) places[k] = (const uint32_t *)(x + (t + k) * I);
+            for (long o = low; o < high; o += SPAN)
+                for (long r = 0; r < R; r += ROWS) {
+                    long V = (high - o) / LANES < WIDE ? (high - o) / LANES : WIDE;
+                    const uint32_t *row[ROWS];
+                    lanes sums[ROWS * WIDE];
+                    for (long i = 0; i < ROWS; i++) row[i] = (const uint32_t *)(mix_grad + t * R + (r + i < R ? r + i : R - 1));
+                    STRIPES[V - 1](row, R, places, o, K, sums);
+                    for (long i = 0; i < ROWS && r + i < R; i++)
+                        for (long v = 0; v < V; v++) {
+                            lanes *to = (lanes *)(fn_grad + (r + i) * I + o + v * LANES);
+                            *to += sums[i * WIDE + v];
+                        }
+                }
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (long t = 0; t < T; t += ROWS) {
+            const uint32_t *row[ROWS];
+            for (long i = 0; i < ROWS; i++) row[i] = (const uint32_t *)(mix_grad + (t + i < T ? t + i : T - 1) * R);
+            for (long n = 0; n < N; n++)
+                for (long w = 0; w < W; w += SPAN) {
+                    long V = (W - w) / LANES < WIDE ? (W - w) / LANES : WIDE, o = n * W + w;
+                    lanes sums[ROWS * WIDE];
+                    KERNELS[0][0][V - 1](row, columns + o * R, R * LANES, R, sums, 0);
+                    for (long i = 0; i < ROWS && t + i < T; i++)
+                        for (long v = 0; v < V; v++)
+                            *(lanes *)(x_grad + (t + i) * I + o + v * LANES) =
+                                sums[i * WIDE + v] + pre[(t + i) * N + n] * load(grad + (t + i) * W + w + v * LANES)
+                                + radial[t + i] * load(x + (t + i) * I + o + v * LANES);
+                }
+        }
+    }
+}
+
 ALWAYS void close_backward(const float *x, const float *y, const float *post, const float *res, const float *grad, long N, long W,
                                   float *x_grad, float *y_grad, float *post_grad, float *res_grad) {
     for (long j = 0; j < N; j++) {

@@ -13,6 +13,7 @@ from fathom.ops.native.tiles import in_tiles
 from fathom.ops.streams import open_streams, streams_in, streams_out
 
 _TOKENS = 64  # whose coefficients are made here: for more, a product for all of them is faster
+_LANES = 16  # numbers of a vector
 _TOGETHER = 48  # tokens that a thread opens together
 _KEPT = 1 << 12  # numbers of the Sinkhorn steps of a token that fit a thread's stack, sixteen tokens at a time
 
@@ -114,12 +115,18 @@ class _OpenStreams(torch.autograd.Function):
             x.data_ptr(), mix_TR.data_ptr(), inverse_rms_T.data_ptr(), base.data_ptr(), scale_3.data_ptr(), grad_BSW.data_ptr(),
             pre_grad_BSN.data_ptr(), post_grad_BSN.data_ptr(), res_grad_BSNN.data_ptr(), T, N, W, ctx.iterations, ctx.eps,
             logits_grad_TR.data_ptr(), mix_grad_TR.data_ptr(), radial_T.data_ptr(), threads(x.numel()))
-        x_grad_TI = times(mix_grad_TR, fn.T)
-        library().fathom_streams_in_backward(x.data_ptr(), pre_BSN.data_ptr(), radial_T.data_ptr(), grad_BSW.data_ptr(), T, N, W,
-                                             x_grad_TI.data_ptr(), None, threads(x.numel()))
+        if W % _LANES == 0 and in_tiles(torch.float32):
+            x_grad_TI, fn_grad_RI, columns = torch.empty(T, N * W), torch.empty_like(fn), torch.empty_like(fn)
+            library().fathom_streams_gradients(
+                *(each.data_ptr() for each in (x, fn, mix_grad_TR, pre_BSN, radial_T, grad_BSW)), T, N, W, x_grad_TI.data_ptr(),
+                fn_grad_RI.data_ptr(), columns.data_ptr(), threads(x.numel()))
+        else:
+            x_grad_TI, fn_grad_RI = times(mix_grad_TR, fn.T), times(mix_grad_TR.T, x.view(T, N * W).T)
+            library().fathom_streams_in_backward(x.data_ptr(), pre_BSN.data_ptr(), radial_T.data_ptr(), grad_BSW.data_ptr(), T, N, W,
+                                                 x_grad_TI.data_ptr(), None, threads(x.numel()))
         along_R = (logits_grad_TR * mix_TR).mul_(inverse_rms_T[:, None]).sum(0)
         scale_grad_3 = torch.stack([part.sum() for part in along_R.split([N, N, N * N])])
-        return (x_grad_TI.view_as(x), times(mix_grad_TR.T, x.view(T, N * W).T), logits_grad_TR.sum(0), scale_grad_3, *[None] * 3)
+        return x_grad_TI.view_as(x), fn_grad_RI, logits_grad_TR.sum(0), scale_grad_3, *[None] * 3
 
 
 class _StreamsIn(torch.autograd.Function):
