@@ -21,7 +21,7 @@ FLOORS = {
     "cli": 11}
 LAZY = ("fathom", "cli")  # the package itself and a room: may import inside functions, so that `import fathom` and `fathom --help` are instant
 FILE_LINES, FUNCTION_LINES = 400, 60
-BUDGETS = {"fathom": 33_050, "fathom.model": 1_500, "fathom.engine": 3_200}
+BUDGETS = {"fathom": 33_150, "fathom.model": 1_500, "fathom.engine": 3_200}
 OUTSIDE_BUDGET = {"fathom.model": "fathom.model.baselines"}
 SHAPE = re.compile(r"\[(\.\.\.|[A-Z])[^\]]*\]|_[A-Z]+\d?\b")  # [B, S, W] or a suffix as in q_BSHD
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
@@ -331,7 +331,7 @@ def test_sizes_are_counted():
     baselines = {path.replace("model/", "model/baselines/"): text for path, text in model.items()}
     assert size_problems(parse(baselines)) == []
     many = {f"fathom/lab/x{i}.py": "x = 1\n" * 400 for i in range(83)}
-    assert size_problems(parse(many)) == ["fathom: 33200 lines, allowed 33050"]
+    assert size_problems(parse(many)) == ["fathom: 33200 lines, allowed 33150"]
 
 
 @pytest.mark.parametrize("path, source, expected", [

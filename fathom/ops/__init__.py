@@ -18,6 +18,7 @@ import fathom.ops.native.attention
 import fathom.ops.native.compress
 import fathom.ops.native.experts
 import fathom.ops.native.heads
+import fathom.ops.native.index_objective
 import fathom.ops.native.index_topk
 import fathom.ops.native.linear
 import fathom.ops.native.norm

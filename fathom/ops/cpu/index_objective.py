@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fathom.ops.attention import Entries, Window, attended_entries
 from fathom.ops.cpu.attention import probabilities, supports
 from fathom.ops.cpu.products import batch_times
-from fathom.ops.index_objective import apply_objective, index_objective
+from fathom.ops.index_objective import apply_objective, block_divergence, index_objective
 
 
 class _IndexObjective(torch.autograd.Function):
@@ -25,20 +25,17 @@ class _IndexObjective(torch.autograd.Function):
             near, count = block.places.stop - block.places.start, block.slots.stop - block.slots.start
             if not count:
                 continue
-            hidden_BCM = ~attended_entries(attention[2].part(block.queries, block.slots))
-            target_BCM = probability_BRJ[..., near:near + count].unflatten(1, (-1, attention[0].shape[2])).sum(2)
-            mass_BC1 = target_BCM.sum(-1, keepdim=True)
-            target_BCM.div_(mass_BC1.clamp_(min=torch.finfo(torch.float32).tiny))
-            reads_BC1 = target_BCM.sum(-1, keepdim=True) > 0
             q_BCHD, weight_BCH, keys_BmD = index_q_BSHD[:, block.queries], weight_BSH[:, block.queries], keys_BMD[:, block.slots]
             product_BCHM = batch_times(q_BCHD.flatten(1, 2), keys_BmD).relu_().unflatten(1, (-1, H))
-            score_BCM = (weight_BCH[:, :, None] @ product_BCHM)[:, :, 0]
-            log_share_BCM = score_BCM.masked_fill_(hidden_BCM, torch.finfo(torch.float32).min).log_softmax(-1)
-            total += (target_BCM.xlogy(target_BCM) - target_BCM * log_share_BCM).masked_fill_(~reads_BC1, 0).sum()
-            queries += int(reads_BC1.sum())
+            divergence_BC, reads_BC, *found = block_divergence(
+                probability_BRJ, near, product_BCHM, weight_BCH, attended_entries(attention[2].part(block.queries, block.slots)), wants_grad)
+            total += divergence_BC.sum()
+            queries += int(reads_BC.sum())
             if wants_grad:
-                score_grad_BCM = log_share_BCM.exp_().sub_(target_BCM).masked_fill_(hidden_BCM | ~reads_BC1, 0)
-                _add_gradients(gradients, block, score_grad_BCM, product_BCHM, q_BCHD, weight_BCH, keys_BmD)
+                product_grad_BRM = found[0].flatten(1, 2)
+                gradients[0][:, block.queries] = batch_times(product_grad_BRM, keys_BmD.mT).view_as(q_BCHD)
+                gradients[1][:, block.queries] = found[1]
+                gradients[2][:, block.slots] += batch_times(product_grad_BRM.mT, q_BCHD.flatten(1, 2).mT)
         queries = max(queries, 1)
         if wants_grad:
             gradients[1].mul_((D * H) ** -0.5)
@@ -49,17 +46,6 @@ class _IndexObjective(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *(x * grad for x in ctx.saved_tensors), None, None
-
-
-def _add_gradients(gradients: list[Tensor], block, score_grad_BCM: Tensor, product_BCHM: Tensor, q_BCHD: Tensor, weight_BCH: Tensor,
-                   keys_BmD: Tensor) -> None:
-    """Add what a block's score gradient gives its queries, their head weights and its keys."""
-    q_grad_BSHD, weight_grad_BSH, keys_grad_BMD = gradients
-    weight_grad_BSH[:, block.queries] = (product_BCHM @ score_grad_BCM[..., None])[..., 0]
-    product_grad_BCHM = (weight_BCH[..., None] * score_grad_BCM[:, :, None]).masked_fill_(product_BCHM == 0, 0)
-    product_grad_BRM = product_grad_BCHM.flatten(1, 2)
-    q_grad_BSHD[:, block.queries] = batch_times(product_grad_BRM, keys_BmD.mT).view_as(q_BCHD)
-    keys_grad_BMD[:, block.slots] += batch_times(product_grad_BRM.mT, q_BCHD.flatten(1, 2).mT)
 
 
 def _supports(index_q_BSHD: Tensor, weight_BSH: Tensor, keys_BMD: Tensor, q_BSHD: Tensor, window: Window, entries: Entries,

@@ -192,3 +192,64 @@ void fathom_rms_backward(const float *x, const float *grad, const float *weight,
         }
     }
 }
+
+/* The indexer's objective of a query (report 2.3.1): the KL of its scores' softmax from what its heads' attention, probabilities [A, J] that stand from column `near`
+   on, gave M entries. Scores are the sums of products [H, M], of which negative ones are 0 already, by weights [H], of those entries that are seen. Gradients are
+   written over the products where they are wanted. `target` and `share` are for use in between. Whether the query reads anything. */
+static int divergence_of(const float *probability, long A, long J, float *product, const float *weight, const uint8_t *seen, long H, long M, int gradients,
+                         float *target, float *share, float *divergence, float *weight_grad) {
+    lanes mass = {0}, low = all(-INFINITY), most = low, sums = {0};
+    for (long m = 0; m < M; m += LANES) {
+        lanes own = {0}, score = {0};
+        words open;
+        for (long a = 0; a < A; a++) own += load_part(probability, 0, a * J + m, M - m);
+        for (long h = 0; h < H; h++) score += weight[h] * load_part(product, 0, h * M + m, M - m);
+        for (long i = 0; i < LANES; i++) open[i] = m + i < M && seen[m + i] ? ~0u : 0;
+        mass += *(lanes *)(target + m) = own;
+        most = larger(most, *(lanes *)(share + m) = chosen(open, score, low));
+    }
+    float whole = total(mass), top = largest_of(most);
+    if (!(whole > 0)) { /* nothing to learn from */
+        if (gradients) memset(product, 0, H * M * sizeof(float)), memset(weight_grad, 0, H * sizeof(float));
+        *divergence = 0;
+        return 0;
+    }
+    for (long m = 0; m < M; m += LANES) {
+        lanes x = load(share + m) - top;
+        sums += chosen((words)(x > all(-87)), exponential(x), (lanes){0});
+    }
+    double found = 0, all_shares = total(sums), logarithm = log(all_shares);
+    for (long m = 0; m < M; m++) {
+        float own = target[m] / (whole > FLT_MIN ? whole : FLT_MIN), x = share[m] - top;
+        target[m] = own;
+        if (own > 0) found += own * (logf(own) - (x - logarithm));
+    }
+    *divergence = found;
+    if (!gradients) return 1;
+    for (long m = 0; m < M; m += LANES) {
+        lanes x = load(share + m) - top, made = chosen((words)(x > all(-87)), exponential(x), (lanes){0}) / (float)all_shares - load(target + m);
+        *(lanes *)(share + m) = chosen((words)(x > low), made, (lanes){0});
+    }
+    for (long h = 0; h < H; h++) {
+        lanes along = {0};
+        for (long m = 0; m < M; m += LANES) {
+            lanes own = load_part(product, 0, h * M + m, M - m), grad = load(share + m);
+            along += own * grad;
+            store_part(chosen((words)(own != 0), weight[h] * grad, (lanes){0}), product, 0, h * M + m, M - m);
+        }
+        weight_grad[h] = total(along);
+    }
+    return 1;
+}
+
+/* divergence_of for Q queries: probabilities [Q, A, J], products [Q, H, M], weights [Q, H], seen [Q, M] -> divergence [Q], reads [Q], weight_grad [Q, H]. */
+void fathom_block_divergence(const float *probability, long Q, long A, long J, long near, float *product, const float *weight, const uint8_t *seen, long H,
+                             long M, int gradients, float *divergence, uint8_t *reads, float *weight_grad, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long q = 0; q < Q; q++) {
+        long padded = (M + LANES - 1) / LANES * LANES;
+        float target[padded], share[padded];
+        reads[q] = divergence_of(probability + q * A * J + near, A, J, product + q * H * M, weight + q * H, seen + q * M, H, M, gradients, target, share,
+                                 divergence + q, gradients ? weight_grad + q * H : NULL);
+    }
+}

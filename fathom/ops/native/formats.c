@@ -1,5 +1,6 @@
 /* Numbers as they lie in memory: float32, bfloat16, and the release's FP8 and FP4 codes (fathom/quant/formats.py); rounding to each of them. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -67,6 +67,7 @@ _ARGUMENTS = {
     "streams_out_backward": [*[_P] * 5, *[_L] * 3, *[_P] * 4, _I],
     "column_probabilities": [_P, _I, _P, *[_L] * 4, _F, *[_P] * 3, _L, *[_P] * 3, _L, _I, _L, _P, _I, _I],
     "column_gradients": [_P, _I, _P, _L, _L, _F, _P, _P, _I],
+    "block_divergence": [_P, *[_L] * 4, *[_P] * 3, _L, _L, _I, *[_P] * 3, _I],
     "swiglu": [_P, _P, _I, _P, _L, _L, _F, _P, _I, _I],
     "swiglu_backward": [*[_P] * 3, _I, _P, _L, _L, _F, *[_P] * 4, _I],
     "rms_backward": [*[_P] * 3, _L, _L, _F, _P, _P, _I],
