@@ -61,6 +61,8 @@ ALWAYS words row_words(const char *row, long k, long I, int how) {
     return found;
 }
 
+enum { AHEAD = 4096 /* bytes: Intel's processors do not foresee what lies behind the end of a page */ };
+
 /* The lanes of n products of a row [I] with x, whose rows lie `step` bytes apart -> sums, `apart` vectors from one to the next, or
    added to them. */
 ALWAYS void dots(const char *row, const char *x, long step, long I, int how, int n, lanes *sums, long apart, int added) {
@@ -70,6 +72,7 @@ ALWAYS void dots(const char *row, const char *x, long step, long I, int how, int
 #pragma GCC unroll 8
     for (int i = 0; i < n; i++) even[i] = odd[i] = (lanes){0};
     for (; k + 2 * each <= I; k += 2 * each) {
+        __builtin_prefetch(row + k * (how == FLOATS ? 4 : 2) + AHEAD), __builtin_prefetch(row + k * (how == FLOATS ? 4 : 2) + AHEAD + 64);
         words first = row_words(row, k, k + each, how), second = row_words(row, k + each, k + 2 * each, how);
 #pragma GCC unroll 8
         for (int i = 0; i < n; i++) {
