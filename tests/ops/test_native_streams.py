@@ -5,12 +5,13 @@ import torch
 
 from fathom import ops
 from fathom.ops.native.library import library
+from fathom.ops.native.tiles import in_tiles
 from tests.ops.test_streams import EPS, ITERATIONS, NORM_EPS, SHAPES, coefficient_inputs, mixing_inputs, random, values_and_gradients
 from tests.ops.test_streams import assert_as_defined as is_defined
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 CONSTANTS = ITERATIONS, EPS, NORM_EPS
-AWKWARD = [*SHAPES, (2, 37, 4, 19), (3, 5, 3, 33), (1, 17, 8, 16), (1, 100, 4, 192), (2, 8, 4, 64)]
+AWKWARD = [*SHAPES, (2, 37, 4, 19), (3, 5, 3, 33), (1, 17, 8, 16), (1, 100, 4, 192), (2, 8, 4, 64), (2, 70, 3, 32)]
 
 
 def collapse_inputs(*shape):
@@ -55,7 +56,7 @@ def test_the_same_bits_twice_and_with_any_number_of_threads(operator, inputs, co
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, found[0], found[1]))
-    if operator is not ops.open_streams:  # whose products are oneDNN's
+    if operator is not ops.open_streams or in_tiles(torch.float32):  # elsewhere its products are oneDNN's
         assert all(map(torch.equal, found[0], found[2]))
 
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from fathom.ops.cpu.products import times
 from fathom.ops.losses import IGNORE, cross_entropy, reverse_kl
 
-_CHUNK_LOGITS = 1 << 21  # 8 MB: for each chunk tiles pack the head anew; of half as many tokens it took a sixth more time, of twice as many no less
+_CHUNK_LOGITS = 1 << 21  # 8 MB: for each chunk tiles pack the head anew; of half as many tokens it took a fifth more time, of twice as many no less
 _MIN_TOKENS = 64  # below this the head is read too often for too few tokens
 
 

@@ -109,7 +109,7 @@ class _OpenStreams(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, fn, base, scale_3, mix_TR, inverse_rms_T, pre_BSN = ctx.saved_tensors
         grad_BSW, pre_grad_BSN, post_grad_BSN, res_grad_BSNN = (grad.contiguous() for grad in grads)
-        (B, S, N, W), (T, R) = x.shape, mix_TR.shape
+        (_, _, N, W), (T, R) = x.shape, mix_TR.shape
         logits_grad_TR, mix_grad_TR, radial_T = torch.empty(T, R), torch.empty(T, R), torch.empty(T)
         library().fathom_streams_opened_backward(
             x.data_ptr(), mix_TR.data_ptr(), inverse_rms_T.data_ptr(), base.data_ptr(), scale_3.data_ptr(), grad_BSW.data_ptr(),
